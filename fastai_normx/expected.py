@@ -191,7 +191,7 @@ def _(source:Enum):
     if not isinstance(source, WeightsEnum): return _resolve.dispatch(object)(source)
     return _from_weights(source)
 
-# %% ../nbs/01_expected.ipynb #9d0fa368
+# %% ../nbs/01_expected.ipynb #0dfb7d82
 def _leaves(t):
     "The transforms inside `Compose`, `Sequential` and lists, in order"
     if isinstance(t, partial): t = t()
@@ -199,8 +199,9 @@ def _leaves(t):
     return [t] if inner is None else [l for o in inner for l in _leaves(o)]
 
 def _compose(a, b):
-    "The one normalization that does `a`, then `b`"
-    return (tuple(m+s*m2 for m,s,m2 in zip(a[0],a[1],b[0])), tuple(s*s2 for s,s2 in zip(a[1],b[1])))
+    "The one normalization `(mean, std)` that does `a`, then `b`"
+    (m1,s1),(m2,s2) = a,b
+    return [m+s*n for m,s,n in zip(m1,s1,m2)],[s*t for s,t in zip(s1,s2)]
 
 def _from_transform(t):
     "Constants of torchvision transforms, as they act on pixels scaled to [0,1]"
@@ -408,10 +409,13 @@ def _from_folder(p):
         if tuple(o)!=tuple(s): _warn(f'{p.name}/{first} says {_short(s.mean)} / {_short(s.std)}, {f} beside it says {_short(o.mean)} / {_short(o.std)}. Used {first}.')
     return s
 
-# %% ../nbs/01_expected.ipynb #854a2e9f
+# %% ../nbs/01_expected.ipynb #00cd61f2
 @_resolve.register
 def _(source:object):
     where = type(source).__name__
+    if where in ('Learner','DataLoaders','Normalize') and 'fastai_normx.normalize' not in sys.modules:
+        import_module('fastai_normx.normalize')  # where fastai's types are registered
+        return _resolve(source)
     if (lib := type(source).__module__.partition('.')[0]) in ('transformers','timm','open_clip'): where = _lib(dict(open_clip='open_clip_torch').get(lib, lib))
     if isinstance(getattr(source, 'transforms', None), (list,tuple)) or lib=='torchvision': return _from_transform(source)
     if hasattr(source, 'image_processor'): return _resolve(source.image_processor)

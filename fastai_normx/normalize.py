@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/02_normalize.ipynb #bb858cc8
+# %% ../nbs/02_normalize.ipynb #2d00855d
 import dataclasses
 from contextlib import nullcontext
 from itertools import chain
@@ -18,7 +18,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.torch_core import TensorImage
-from .expected import NormStats,expected_stats,_channels,_resolve,_warn
+from .expected import NormStats,expected_stats,_compose,_resolve,_warn
 
 # %% ../nbs/02_normalize.ipynb #74d34a35
 def _with_stats(cls, s, dim, ndim, cuda):
@@ -64,7 +64,7 @@ def __call__(self:Normalize, x, split_idx=None, **kwargs):
     if hasattr(self, 'norm_stats'): _check_batch(self, x)
     return Transform.__call__(self, x, split_idx=split_idx, **kwargs)
 
-# %% ../nbs/02_normalize.ipynb #3e876a3b
+# %% ../nbs/02_normalize.ipynb #3c51d4e6
 _events = 'after_item','before_batch','after_batch'
 
 @patch
@@ -85,6 +85,7 @@ def normalize_for(self:DataLoaders,
             p.fs = p.fs.filter(lambda t: not isinstance(t, Normalize))
             p.__dict__.pop('normalize', None)
         dl.after_batch.add(nrm)
+        dl.after_batch.normalize = nrm
     return self
 
 # %% ../nbs/02_normalize.ipynb #12669af1
@@ -122,7 +123,7 @@ def from_data(cls:Normalize,
                                    'If the data are normalized already, or in 0-255 as floats, the constants are for that scale.')
     return _with_stats(cls, NormStats(m, s, f'the data, {n} images', m, s), dim, ndim, cuda)
 
-# %% ../nbs/02_normalize.ipynb #79e70a0a
+# %% ../nbs/02_normalize.ipynb #3d2bbd3e
 @expected_stats.register
 def _(source:Normalize):
     if source.mean is None: raise ValueError('This Normalize has no constants yet: it takes them from the first batch when a DataLoaders is made')
@@ -132,7 +133,6 @@ def _(source:Normalize):
 
 @expected_stats.register
 def _(source:DataLoaders):
-    from fastai_normx.expected import _compose
     found = []
     for dl in source.loaders:
         ss = [expected_stats(t) for t in getattr(getattr(dl, 'after_batch', None), 'fs', []) if isinstance(t, Normalize)]
