@@ -33,7 +33,7 @@ def _floats(o, name):
 
 def _short(o): return '(' + ', '.join(f'{p:.4g}' for p in o) + ')'
 
-# %% ../nbs/01_expected.ipynb #d403f150
+# %% ../nbs/01_expected.ipynb #b4ace6f6
 @dataclasses.dataclass(frozen=True)
 class NormStats:
     "The constants a model's input is normalized with, `(x-mean)/std`, and where they come from"
@@ -46,7 +46,7 @@ class NormStats:
 
     def __post_init__(self):
         for k in ('mean','std','ref_mean','ref_std'):
-            if (v := getattr(self, k)) is not None: object.__setattr__(self, k, _floats(v, k))
+            if (v := getattr(self, k)) is not None or not k.startswith('ref'): object.__setattr__(self, k, _floats(v, k))
         object.__setattr__(self, 'notes', tuple(self.notes))
         for a,b in (('mean','std'),('mean','ref_mean'),('mean','ref_std')):
             if (v := getattr(self, b)) is not None and len(v)!=self.n_in: raise ValueError(
@@ -333,7 +333,7 @@ def expected_stats(
 
 expected_stats.register = _resolve.register
 
-# %% ../nbs/01_expected.ipynb #d26284a1
+# %% ../nbs/01_expected.ipynb #9a0c0a04
 def _hf_defaults(d, kind):
     "`d` completed with the defaults of the processor class it names"
     tf = _import('transformers', 'transformers', f'This config leaves values to the defaults of {kind}, and reading them')
@@ -355,6 +355,7 @@ def _from_hf(d, where):
     if mean is None or std is None: raise ValueError(
         f'{where} normalizes (`do_normalize`) but states no `image_mean` and `image_std`; its keys: {", ".join(d)}. Pass `(mean, std)`.')
     mean,std = (_floats(o, k)*(1 if hasattr(o, '__iter__') else 3) for o,k in ((mean,'image_mean'),(std,'image_std')))
+    if d.get('include_top'): mean,std = _compose((mean,std), ([0]*len(mean),std))  # EfficientNet's processor divides by std once more
     if f==1 and max(mean)<=1 and d.get('do_normalize', True): _warn(
         f'{where} has `do_rescale` off and a mean of {_short(mean)}: applied to 8-bit images as it stands, it hardly shifts pixels in 0-255. '
         f'Used as stated. If its images were scaled to [0,1] beforehand, pass `({_short(mean)}, {_short(std)})` instead.')
@@ -423,15 +424,15 @@ def _(source:object):
     if dataclasses.is_dataclass(source) and not isinstance(source, type) and hasattr(source, 'mean'): return _from_config(dataclasses.asdict(source), where)
     _refuse(source)
 
-# %% ../nbs/01_expected.ipynb #6d4ebf8c
+# %% ../nbs/01_expected.ipynb #2c0f1229
 @_resolve.register
 def _(source:nn.Module):
-    if type(source).__module__.startswith('torchvision.transforms'): return _from_transform(source)
+    if all(type(l).__module__.startswith('torchvision.transforms') for l in _leaves(source)): return _from_transform(source)
     for m in source.modules():
+        if type(m).__name__ in ('GeneralizedRCNNTransform','Normalize'): raise ValueError(
+            f'{type(source).__name__} normalizes inside ({type(m).__name__}): give it pixels in [0,1] and no `Normalize`')
         if cfg := getattr(m, 'pretrained_cfg', None): return _timm_stats(cfg, (cfg if isinstance(cfg, dict) else vars(cfg)).get('architecture') or type(m).__name__)
         if cfg := getattr(m, 'preprocess_cfg', None): return _from_config(dict(cfg), _lib('open_clip_torch'))
-        if type(m).__name__=='GeneralizedRCNNTransform': raise ValueError(
-            f'{type(source).__name__} normalizes inside (GeneralizedRCNNTransform): give it pixels in [0,1] and no `Normalize`')
     repo = getattr(getattr(source, 'config', None), 'name_or_path', None)
     hint = f'its processor, `AutoImageProcessor.from_pretrained({repo!r})`' if repo else 'what it was created from: the weights entry, the builder or the name'
     raise ValueError(f'A {type(source).__name__} does not record which weights it holds. Pass {hint}; or the constants, `(mean, std)`.')

@@ -1,0 +1,27 @@
+import warnings
+import pytest
+
+
+@pytest.fixture
+def offline_weights(monkeypatch):
+    "torchvision builders get random weights of the right shapes instead of a download"
+    from torchvision import models as M
+    def get_state_dict(self, *args, **kwargs):
+        name = next(n for n in M.list_models() if M.get_model_weights(n) is type(self))
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            return M.get_model(name, weights=None).state_dict()
+    monkeypatch.setattr(M.WeightsEnum, 'get_state_dict', get_state_dict)
+
+
+@pytest.fixture
+def photo_dls():
+    "A function that makes `DataLoaders` of tiles of scikit-learn's two sample photographs"
+    from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, RandomSplitter
+    from sklearn.datasets import load_sample_images
+    tiles = [im[i:i+64, j:j+64] for im in load_sample_images().images for i in range(0, 384, 128) for j in range(0, 576, 128)]
+    def make(*tfms, block=ImageBlock, bs=4, **kw):
+        db = DataBlock((block, CategoryBlock), get_x=tiles.__getitem__, get_y=lambda i: i < len(tiles)//2,
+                       splitter=RandomSplitter(.3, seed=1), batch_tfms=list(tfms), **kw)
+        return db.dataloaders(list(range(len(tiles))), bs=bs, num_workers=0)
+    return make
