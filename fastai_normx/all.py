@@ -1,0 +1,2 @@
+from .expected import *
+from .normalize import *
