@@ -17,11 +17,11 @@ def offline_weights(monkeypatch):
 @pytest.fixture
 def photo_dls():
     "A function that makes `DataLoaders` of tiles of scikit-learn's two sample photographs"
-    from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, RandomSplitter
+    from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, PILImageBW, RandomSplitter
     from sklearn.datasets import load_sample_images
     tiles = [im[i:i+64, j:j+64] for im in load_sample_images().images for i in range(0, 384, 128) for j in range(0, 576, 128)]
-    def make(*tfms, block=ImageBlock, bs=4, **kw):
-        db = DataBlock((block, CategoryBlock), get_x=tiles.__getitem__, get_y=lambda i: i < len(tiles)//2,
+    def make(*tfms, grey=False, bs=4, **kw):
+        db = DataBlock((ImageBlock(PILImageBW) if grey else ImageBlock, CategoryBlock), get_x=lambda i: tiles[i][..., 1] if grey else tiles[i], get_y=lambda i: i < len(tiles)//2,
                        splitter=RandomSplitter(.3, seed=1), batch_tfms=list(tfms), **kw)
         return db.dataloaders(list(range(len(tiles))), bs=bs, num_workers=0)
     return make

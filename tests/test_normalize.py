@@ -1,0 +1,231 @@
+"`Normalize.from_pretrained` and friends on real loaders and learners; fastai's own behaviour and float64 numpy are the judges."
+import pickle, subprocess, sys, textwrap, warnings
+
+import numpy as np
+import pytest
+import timm
+import torch
+from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, ImageBlock, Learner, Normalize, PILImage, PILImageBW, RandomSplitter, RegexLabeller,
+    TensorImage, TensorMask, aug_transforms, get_image_files, imagenet_stats, model_meta, noop, unet_learner, vision_learner)
+from torch.utils.data import DataLoader as TorchLoader
+from torchvision import models as M
+
+from fastai_normx.all import ExpectedStatsWarning, expected_stats
+
+imagenet = tuple(map(tuple, imagenet_stats))
+fastai_leaves_out = [n for n in M.list_models(module=M) if getattr(M, n) not in model_meta]
+normalizes = lambda dl: [t for t in dl.after_batch.fs if isinstance(t, Normalize)]
+
+
+def test_plain_class_and_same_arithmetic_as_fastai():
+    ours, theirs = Normalize.from_pretrained('resnet50', cuda=False), Normalize.from_stats(*imagenet_stats, cuda=False)
+    assert type(ours) is Normalize
+    x = TensorImage(torch.rand(2, 3, 8, 8))
+    assert torch.equal(ours(x), theirs(x)) and torch.equal(ours.decode(ours(x)), theirs.decode(theirs(x)))
+    assert isinstance(ours(x), TensorImage)
+    for dt in (torch.float16, torch.bfloat16, torch.float64): assert torch.equal(ours(x.to(dt)), theirs(x.to(dt)))
+
+
+def test_against_float64_numpy():
+    x = np.random.default_rng(0).random((4, 3, 16, 16))
+    for name in ('tf_efficientnet_lite0', 'resnet50_clip.openai', 'resnet50'):
+        m, s = (np.array(o).reshape(1, 3, 1, 1) for o in expected_stats(name))
+        assert np.allclose(Normalize.from_pretrained(name, cuda=False)(TensorImage(x).float()).numpy(), (x-m)/s, atol=1e-6)
+
+
+def test_provenance_is_plain_data():
+    n = Normalize.from_pretrained('resnet50')
+    assert n.norm_stats == expected_stats('resnet50').to_dict()
+    assert b'fastai_normx' not in pickle.dumps(n)
+
+
+@pytest.mark.parametrize('kw,shape', [({}, (1, 3, 1, 1)), (dict(ndim=5), (1, 3, 1, 1, 1)), (dict(dim=2, ndim=5), (1, 1, 3, 1, 1)), (dict(dim=0, ndim=3), (3, 1, 1)), (dict(n_in=1), (1, 1, 1, 1))])
+def test_layouts(kw, shape): assert Normalize.from_pretrained('resnet50', **kw).mean.shape == shape
+
+
+def test_layouts_that_do_not_exist():
+    with pytest.raises(ValueError, match='received dim=5, ndim=4'): Normalize.from_pretrained('resnet50', dim=5)
+
+
+def test_errors_reach_the_caller():
+    with pytest.raises(ValueError, match='Closest names'): Normalize.from_pretrained('resnet5O')
+    with pytest.raises(ValueError, match='must come from you'): Normalize.from_pretrained('resnet50', n_in=4)
+
+
+# Batches
+
+@pytest.mark.parametrize('shape,msg', [((2, 1, 8, 8), 'pass `n_in=1`'), ((2, 4, 8, 8), 'Pass `n_in='), ((3, 8, 8), 'on axis 1 of 4'), ((2, 3, 2, 8, 8), 'on axis 1 of 4')])
+def test_shapes_that_do_not_fit(shape, msg):
+    n = Normalize.from_pretrained('resnet50', cuda=False)
+    for b in (TensorImage(torch.rand(shape)), (TensorImage(torch.rand(shape)), torch.tensor([1, 2]))):
+        with pytest.raises(ValueError, match=msg): n(b)
+
+
+def test_integers_do_not_fit():
+    with pytest.raises(ValueError, match='put `IntToFloatTensor` before it'): Normalize.from_pretrained('resnet50', cuda=False)(TensorImage(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)))
+
+
+def test_batches_without_an_image_are_reported_at_the_users_line():
+    n, x = Normalize.from_pretrained('resnet50', cuda=False), torch.rand(2, 3, 8, 8)
+    with pytest.warns(ExpectedStatsWarning, match='found no image .* received Tensor') as ws: assert n(x) is x
+    assert ws[0].filename == __file__
+    dl = DataLoaders.from_dsets([(x[0], 0)]*8, [(x[0], 0)]*8, bs=4, after_batch=[n], num_workers=0)
+    with pytest.warns(ExpectedStatsWarning, match='found no image'): dl.one_batch()
+
+
+def test_silent_when_right(photo_dls):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', ExpectedStatsWarning)
+        dls = photo_dls(Normalize.from_pretrained('tf_efficientnet_lite0'))
+        for dl in dls.loaders: assert -1 <= dl.one_batch()[0].min() < -.5
+        n = Normalize.from_pretrained('resnet50', cuda=False)
+        n((TensorImage(torch.rand(2, 3, 8, 8)), TensorMask(torch.zeros(2, 8, 8)), torch.rand(2, 3, 8, 8)))
+
+
+def test_other_normalize_behave_as_before():
+    x = torch.rand(2, 1, 8, 8)
+    n = Normalize.from_stats(*imagenet_stats, cuda=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert n(x) is x and n(TensorImage(x)).shape == (2, 3, 8, 8)
+
+
+# DataLoaders
+
+def test_grey_and_colour_blocks(photo_dls):
+    with pytest.raises(ValueError, match='pass `n_in=1`'): photo_dls(Normalize.from_pretrained('resnet50'), grey=True)
+    dls = photo_dls(Normalize.from_pretrained('resnet50', n_in=1), grey=True)
+    raw = photo_dls(grey=True).valid.one_batch()[0]
+    g = lambda k: sum(w*v for w, v in zip((.299, .587, .114), imagenet_stats[k]))
+    assert torch.allclose(dls.valid.one_batch()[0], (raw - g(0))/g(1), atol=1e-5)
+
+
+def test_colours_shown_are_true(photo_dls):
+    dls = photo_dls(Normalize.from_pretrained('resnet50_clip.openai'))
+    shown, _, _ = dls.valid.show_batch(show=False)
+    raw, _, _ = photo_dls().valid.show_batch(show=False)
+    assert (shown.float() - raw.float()).abs().max() <= 1  # of 255: fastai's decode rounds down
+
+
+@pytest.mark.parametrize('there', [[], [Normalize.from_stats([.1]*3, [.9]*3)], [Normalize.from_stats([.1]*3, [.9]*3), Normalize.from_stats(*imagenet_stats)]])
+def test_normalize_for_leaves_exactly_one(photo_dls, there):
+    dls = photo_dls()
+    if there: dls.add_tfms(there, 'after_batch')
+    assert dls.normalize_for('tf_efficientnet_lite0') is dls
+    assert dls.normalize_for('tf_efficientnet_lite0') is dls
+    for dl, raw in zip(dls.loaders, photo_dls().loaders):
+        n, = normalizes(dl)
+        assert dl.after_batch.normalize is n and dl.after_batch.fs[-1] is n
+    assert torch.allclose(dls.valid.one_batch()[0], (photo_dls().valid.one_batch()[0] - .5)/.5, atol=1e-6)
+    assert expected_stats(dls).source == expected_stats('tf_efficientnet_lite0').source
+
+
+def test_normalize_for_changes_nothing_when_it_cannot_answer(photo_dls):
+    dls = photo_dls(Normalize.from_stats(*imagenet_stats))
+    with pytest.raises(ValueError): dls.normalize_for('resnet5O')
+    assert len(normalizes(dls)) == 1
+    other = DataLoaders(TorchLoader([(torch.rand(3, 8, 8), 0)]*4), TorchLoader([(torch.rand(3, 8, 8), 0)]*4))
+    with pytest.raises(ValueError, match='needs fastai loaders .* holds DataLoader, DataLoader'): other.normalize_for('resnet50')
+
+
+@pytest.mark.filterwarnings('ignore::fastai_normx.expected.ExpectedStatsWarning')
+def test_builders_that_fastai_leaves_out_get_their_constants(photo_dls):
+    assert len(fastai_leaves_out) == 64
+    dls = photo_dls()
+    for n in fastai_leaves_out:
+        t = M.get_model_weights(n).DEFAULT.transforms()
+        s = expected_stats(dls.normalize_for(getattr(M, n)))
+        assert tuple(s) == (tuple(t.mean), tuple(t.std)), n
+        assert len(normalizes(dls.train)) == len(normalizes(dls.valid)) == 1
+
+
+@pytest.mark.parametrize('arch', ['mobilenet_v3_small', 'shufflenet_v2_x0_5', 'mobilenet_v2', 'efficientnet_b0', 'regnet_x_400mf', 'convnext_tiny'])
+def test_left_out_builders_train_on_normalized_data(photo_dls, offline_weights, arch):
+    arch, seen = getattr(M, arch), []
+    assert arch not in model_meta
+    learn = vision_learner(photo_dls(), arch)
+    assert not normalizes(learn.dls.train)  # fastai's silence
+    learn = vision_learner(photo_dls().normalize_for(arch), arch)
+    h = learn.model.register_forward_pre_hook(lambda m, x: seen.append(x[0].min().item()))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    h.remove()
+    assert seen and min(seen) < -1
+    assert tuple(expected_stats(learn)) == imagenet
+
+
+# Learners
+
+def test_learner_sources(photo_dls, offline_weights):
+    dls = photo_dls()
+    with pytest.raises(ValueError, match='pretrained=False'): expected_stats(vision_learner(dls, M.resnet18, pretrained=False))
+    assert tuple(expected_stats(vision_learner(dls, M.resnet18))) == imagenet
+    assert tuple(expected_stats(unet_learner(dls, M.resnet18, n_out=2))) == imagenet
+    assert expected_stats(vision_learner(dls, M.resnet18, n_in=1)).n_in == 1
+    with pytest.raises(ValueError, match='does not record which weights'): expected_stats(Learner(dls, M.resnet18(), loss_func=noop))
+    with pytest.warns(ExpectedStatsWarning, match='does not record `weights=`'): assert expected_stats(vision_learner(dls, M.vgg16, n_out=2, cut=-2)).n_in == 3
+    learn = vision_learner(dls, 'test_vit.r160_in1k', pretrained_cfg_overlay=dict(state_dict=timm.create_model('test_vit').state_dict()))
+    assert expected_stats(learn).mean == timm.models.get_pretrained_cfg('test_vit.r160_in1k').mean
+
+
+def test_exported_learner_predicts_without_this_package(tmp_path, offline_weights):
+    from sklearn.datasets import load_sample_images
+    tiles = [im[i:i+64, j:j+64] for im in load_sample_images().images for i in range(0, 384, 128) for j in range(0, 576, 128)]
+    for k, t in enumerate(tiles): PILImage.create(t).save(tmp_path/f'{"temple" if k < len(tiles)//2 else "flower"}_{k}.png')
+    db = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=RegexLabeller(r'(\w+)_\d+.png$'), splitter=RandomSplitter(seed=0),
+                   batch_tfms=Normalize.from_pretrained(M.mobilenet_v3_small))
+    learn = vision_learner(db.dataloaders(tmp_path, bs=4, num_workers=0), M.mobilenet_v3_small)
+    learn.export(tmp_path/'m.pkl')
+    f = next(tmp_path.glob('flower*'))
+    want = learn.predict(f)[2]
+    code = f'''
+        import sys, warnings; warnings.filterwarnings('ignore')
+        class Block:
+            def find_spec(self, name, *a):
+                if name.partition('.')[0] == 'fastai_normx': raise ModuleNotFoundError(name)
+        sys.meta_path.insert(0, Block())
+        from fastai.vision.all import *
+        learn = load_learner({str(tmp_path/'m.pkl')!r})
+        with learn.no_bar(): p = learn.predict({str(f)!r})[2]
+        assert not any(m.startswith('fastai_normx') for m in sys.modules)
+        print(*p.tolist())
+        print(learn.dls.after_batch.normalize.norm_stats['source'])'''
+    out = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, check=True).stdout.strip().splitlines()
+    assert np.allclose([float(o) for o in out[-2].split()], want.tolist(), atol=1e-5)
+    assert out[-1].endswith('MobileNet_V3_Small_Weights.IMAGENET1K_V1')
+
+
+# from_data
+
+def test_from_data_is_numpys_answer_whatever_the_pipeline_does(photo_dls):
+    dls = photo_dls(*aug_transforms(), Normalize.from_stats([.1]*3, [.9]*3))
+    own = np.stack([np.asarray(dls.train_ds[i][0]) for i in range(len(dls.train_ds))]).astype(float)/255
+    n = Normalize.from_data(dls)
+    assert np.allclose(n.norm_stats['mean'], own.mean((0, 1, 2)), atol=1e-6) and np.allclose(n.norm_stats['std'], own.std((0, 1, 2)), atol=1e-6)
+    assert n.norm_stats['source'] == f'the data, {len(own)} images'
+    assert len(normalizes(dls.train)) == 1  # the data themselves are left alone
+
+
+@pytest.mark.parametrize('c', [1, 3, 5])
+def test_from_data_sources(c):
+    xs = [torch.randint(0, 256, (n, c, 8, 8), dtype=torch.uint8) for n in (4, 4, 2)]
+    own = torch.cat(xs).numpy().astype(float)/255
+    for data in (xs, [x/255 for x in xs], [(x, 0) for x in xs], TorchLoader(torch.cat(xs), batch_size=3), iter(xs)):
+        n = Normalize.from_data(data, cuda=False)
+        assert np.allclose(n.norm_stats['mean'], own.mean((0, 2, 3)), atol=1e-6) and np.allclose(n.norm_stats['std'], own.std((0, 2, 3)), atol=1e-6)
+    v = torch.rand(2, 4, c, 8, 8)
+    assert np.allclose(Normalize.from_data([v], dim=2, ndim=5).norm_stats['mean'], v.double().mean((0, 1, 3, 4)), atol=1e-6)
+
+
+def test_from_data_bad_input():
+    with pytest.raises(ValueError, match='no images'): Normalize.from_data([])
+    with pytest.raises(ValueError, match='received str'): Normalize.from_data(['a.png'])
+    with pytest.raises(ValueError, match='finite'): Normalize.from_data([torch.full((2, 3, 4, 4), float('nan'))])
+    with pytest.warns(ExpectedStatsWarning, match='normalized already'): Normalize.from_data([torch.randn(2, 3, 8, 8) - 1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_on_a_gpu(photo_dls):
+    dls = photo_dls(Normalize.from_pretrained('resnet50'))
+    x = dls.one_batch()[0]
+    assert x.is_cuda and x.min() < -1
+    assert dls.normalize_for('tf_efficientnet_lite0').one_batch()[0].is_cuda
