@@ -1,0 +1,51 @@
+"The command as a user runs it, in processes of its own."
+import json, subprocess, sys
+
+import pytest
+
+
+def normx(*args, cwd=None):
+    code = 'from fastai_normx.cli import main; main()'
+    return subprocess.run([sys.executable, '-W', 'error::fastai_normx.expected.ExpectedStatsWarning', '-c', code, *map(str, args)], capture_output=True, text=True, cwd=cwd)
+
+
+def test_expected_table():
+    r = normx('expected', 'tf_efficientnet_lite0', 'ResNet18_Weights.DEFAULT', 'convnext_small_in22k')
+    head, lite, tv, old, note = r.stdout.splitlines()
+    assert r.returncode == 0 and not r.stderr
+    assert head.split() == ['name', 'mean', 'std', 'source']
+    assert lite.split()[1:7] == ['0.5']*6 and 'timm' in lite and 'in1k' in lite
+    assert tv.split()[1:7] == '0.485 0.456 0.406 0.229 0.224 0.225'.split() and tv.endswith('ResNet18_Weights.IMAGENET1K_V1')
+    assert 'deprecated' in note
+
+
+def test_expected_json_and_errors():
+    r = normx('expected', 'resnet50.a1_in1k', 'resnet5O', 'inception_v3', '--json', '--n-in', 1)
+    good, bad, inception = json.loads(r.stdout)
+    assert r.returncode == 1
+    assert good['mean'] == [pytest.approx(.458971)] and good['source'].endswith('resnet50.a1_in1k')
+    assert set(bad) == {'name', 'error'} and 'Closest names' in bad['error']
+    assert any('disagree' in n for n in inception['notes'])
+
+
+def test_one_bad_name_does_not_cost_the_others(tmp_path):
+    (tmp_path/'broken.json').write_text('{')
+    r = normx('expected', 'resnet5O', 'resnet50', 'broken.json', './nothing.json', cwd=tmp_path)
+    assert r.returncode == 1 and 'resnet50.a1_in1k' in r.stdout
+    for msg in ('Closest names', 'not valid JSON', 'no file or folder'): assert msg in r.stderr
+    assert 'Traceback' not in r.stderr
+
+
+@pytest.mark.parametrize('args,code,text', [
+    ([], 0, 'usage: normx COMMAND'), (['--help'], 0, 'demo'), (['nonsense'], 1, "no command 'nonsense'"), (['expected'], 1, 'at least one name'),
+    (['expected', '--help'], 0, '--n-in'), (['demo', '--help'], 0, '--epochs'), (['demo', '--nonsense'], 2, 'unrecognized arguments'),
+])
+def test_usage(args, code, text):
+    r = normx(*args)
+    assert r.returncode == code and text in r.stdout + r.stderr and 'Traceback' not in r.stderr
+
+
+def test_demo_without_its_extra(tmp_path):
+    code = "import sys; sys.modules['skimage'] = None; sys.argv = ['normx', 'demo']; from fastai_normx.cli import main; main()"
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
+    assert r.returncode == 1 and "pip install 'fastai_normx[demo]'" in r.stderr and 'Traceback' not in r.stderr
