@@ -45,7 +45,7 @@ def test_importing_has_no_effect_beyond_the_patches():
     code = '''
         import sys, warnings; warnings.filterwarnings('ignore')
         import fastai.vision.all as fv
-        def state(): return {(c.__name__, k) for c in vars(fv).values() if isinstance(c, type) and c.__module__.startswith('fas') for k in vars(c)}
+        def state(): return {(c.__name__, k) for c in vars(fv).values() if isinstance(c, type) and c.__module__.startswith('fas') for k in vars(c) if not k.startswith('_orig_')}
         before, filters, mods = state(), list(warnings.filters), set(sys.modules)
         from fastai_normx.all import *
         assert warnings.filters == filters
