@@ -112,7 +112,7 @@ def _ref(tag):
     if re.search(r'in1k|in12k|in2[12]k|imagenet', tag or '', re.I): return _imagenet_ref
     return _clip if re.search('openai|laion', tag or '') else (None,None)
 
-# %% ../nbs/01_expected.ipynb #30fa531a
+# %% ../nbs/01_expected.ipynb #275b71fd
 def _timm_stats(cfg, name):
     "`NormStats` from timm's `PretrainedCfg` (or its dict), refused when it holds only timm's defaults"
     c = cfg if isinstance(cfg, dict) else dataclasses.asdict(cfg)
@@ -125,11 +125,11 @@ def _timm_stats(cfg, name):
 def _timm_note(arch, s):
     "Say so if other tags of `arch` expect other constants"
     tm = import_module('timm.models')
-    cfgs = {n:tm.get_pretrained_cfg(n) for n in tm.get_arch_pretrained_cfgs(arch) if tm.is_model_pretrained(n)}
-    odd = [n for n,c in cfgs.items() if (tuple(c.mean),tuple(c.std))!=tuple(s)]
+    cfgs = [(n, tm.get_pretrained_cfg(n)) for n in tm.list_models(f'{arch}.*', pretrained=True)]
+    odd = [n for n,c in cfgs if (tuple(c.mean),tuple(c.std))!=tuple(s)]
     return (f"timm's default tag; {len(odd)} of {len(cfgs)} tags of {arch} expect other constants, for example {odd[0]}",) if odd else ()
 
-# %% ../nbs/01_expected.ipynb #7126896d
+# %% ../nbs/01_expected.ipynb #6f93eab2
 def _timm_name(name):
     "Constants of a timm model name, or None if timm does not know it"
     try: tm = import_module('timm.models')
@@ -142,8 +142,7 @@ def _timm_name(name):
     arch,_,tag = name.partition('.')
     if not tm.is_model(arch): return
     cfg = tm.get_pretrained_cfg(name) if tm.is_model_pretrained(name) else None
-    tags = [n for n in tm.list_models(f'{arch}.*', pretrained=True)]
-    if cfg is None and tag and tags: raise ValueError(
+    if cfg is None and tag and (tags := tm.list_models(f'{arch}.*', pretrained=True)): raise ValueError(
         f"timm's {arch} has no pretrained tag {tag!r}. Its tags: {', '.join(difflib.get_close_matches(name, tags, len(tags), 0))}")
     s = _timm_stats(cfg or {}, name)
     if not tag: notes += _timm_note(arch, s)
