@@ -62,12 +62,12 @@ class NormStats:
     def __repr__(self): return f'NormStats(mean={_short(self.mean)}, std={_short(self.std)}, source={self.source!r})'
     def to_dict(self): "Plain data, ready for JSON"; return {k:list(v) if isinstance(v, tuple) else v for k,v in dataclasses.asdict(self).items()}
 
-# %% ../nbs/01_expected.ipynb #2e2d2a24
+# %% ../nbs/01_expected.ipynb #0ec9fcdc
 def _user_level():
     "`stacklevel` of the first caller outside this package, so that a warning points at the user's line"
-    f,n = sys._getframe(1),1
-    while f.f_back and f.f_globals.get('__name__','').partition('.')[0] in (__name__.partition('.')[0],'functools','fastcore','fasttransform','plum','contextlib'):
-        f,n = f.f_back,n+1
+    ours = 'fastai_normx','fastai','fastcore','fasttransform','plum','functools','contextlib'
+    f,n = sys._getframe(2),2
+    while f.f_back and f.f_globals.get('__name__','').partition('.')[0] in ours: f,n = f.f_back,n+1
     return n
 
 def _warn(msg, category=ExpectedStatsWarning): warnings.warn(msg, category, stacklevel=_user_level())
@@ -96,7 +96,7 @@ def _(source):
               'Used as given: this is right only if the model was trained so.')
     return s
 
-# %% ../nbs/01_expected.ipynb #e3dcc2cf
+# %% ../nbs/01_expected.ipynb #98b71d35
 def _lib(name): return f'{name} {version(name)}'
 
 def _import(name, extra, why):
@@ -105,6 +105,7 @@ def _import(name, extra, why):
     except ImportError as e: raise ImportError(f"{why} needs {name}, which is not installed: pip install 'fastai_normx[{extra}]'") from e
 
 _imagenet_ref = (.485,.456,.406), (.272,.264,.276)
+_is_bgr = lambda mean: tuple(round(m, 3) for m in mean)==(.406,.456,.485)
 _clip = (.48145466,.4578275,.40821073), (.26862954,.26130258,.27577711)
 
 def _ref(tag):
@@ -214,7 +215,7 @@ def _from_transform(t):
     for n in norms[1:]: res = _compose(res, n)
     return NormStats(*res, f"{_lib('torchvision')}: {type(t).__name__}")
 
-# %% ../nbs/01_expected.ipynb #1c8b18b8
+# %% ../nbs/01_expected.ipynb #37e4f8ab
 @_resolve.register
 def _(source:FunctionType):
     mod = (source.__module__ or '').partition('.')[0]
@@ -230,7 +231,11 @@ def _(source:FunctionType):
 @_resolve.register
 def _(source:partial):
     if isinstance(source.func, type): return _from_transform(source)
-    return _resolve(source.keywords.get('weights') or source.func)
+    if 'weights' not in source.keywords: return _resolve(source.func)
+    from torchvision.models import get_model_weights
+    w = source.keywords['weights']
+    if w is None: raise ValueError(f'{source.func.__name__} with weights=None has random weights, which expect no constants. Pass the weights entry, or `(mean, std)`.')
+    return _resolve(get_model_weights(source.func)[w.split('.')[-1]] if isinstance(w, str) else w)
 
 @_resolve.register
 def _(source:type):
@@ -334,21 +339,22 @@ def expected_stats(
 
 expected_stats.register = _resolve.register
 
-# %% ../nbs/01_expected.ipynb #9a0c0a04
+# %% ../nbs/01_expected.ipynb #4d3e88f4
 def _hf_defaults(d, kind):
     "`d` completed with the defaults of the processor class it names"
     tf = _import('transformers', 'transformers', f'This config leaves values to the defaults of {kind}, and reading them')
     kind = kind.replace('FeatureExtractor', 'ImageProcessor')
     cls = getattr(tf, kind, None) or getattr(tf, kind.removesuffix('Fast'), None)
     if cls is None: raise ValueError(f"This config leaves values to the defaults of {kind}, which {_lib('transformers')} does not have. Pass `(mean, std)`.")
-    return cls.from_dict(d).to_dict()
+    try: return cls.from_dict(d).to_dict()
+    except Exception as e: raise ValueError(f"{_lib('transformers')}'s {kind} does not accept this config ({type(e).__name__}: {e}). Pass `(mean, std)`.") from e
 
 def _from_hf(d, where):
     "Constants of a Hugging Face image processor's dict, as it acts on 8-bit images"
     kind = d.get('image_processor_type') or d.get('feature_extractor_type')
     stated = {'do_normalize','do_rescale','rescale_factor'} <= d.keys() and ('image_mean' in d or not d['do_normalize'])
     notes = ()
-    if not stated and kind: d = _hf_defaults(d, kind)
+    if not stated and kind: d = dict(do_normalize=False) | {k:v for k,v in _hf_defaults(d, kind).items() if v is not None}
     elif not stated: notes = ('the config does not say how it rescales: read as 1/255, as nearly all processors do',)
     f = d.get('rescale_factor', 1/255) if d.get('do_rescale', True) else 1
     off = 1 if d.get('rescale_offset', d.get('offset', False)) and f!=1 else 0
@@ -360,17 +366,17 @@ def _from_hf(d, where):
     if f==1 and max(mean)<=1 and d.get('do_normalize', True): _warn(
         f'{where} has `do_rescale` off and a mean of {_short(mean)}: applied to 8-bit images as it stands, it hardly shifts pixels in 0-255. '
         f'Used as stated. If its images were scaled to [0,1] beforehand, pass `({_short(mean)}, {_short(std)})` instead.')
-    if d.get('do_flip_channel_order') or d.get('flip_channel_order'):
-        notes += ('this processor turns RGB into BGR: the model expects its channels reversed',)
-        _warn(f'{where}: {notes[-1]}. Constants cannot say that: reverse them yourself, `x[:, [2,1,0]]`.')
+    if d.get('do_flip_channel_order') or _is_bgr(mean):
+        notes += ('this model expects BGR, so reverse the channels after Normalize: `x[:, [2,1,0]]`',)
+        _warn(f'{where}: ' + ('the processor turns RGB into BGR' if d.get('do_flip_channel_order') else f"{_short(mean)} is ImageNet's mean in reverse order") + f'. Perhaps {notes[-1]}. Constants alone cannot say.')
     return NormStats([(m+off)/(255*f) for m in mean], [s/(255*f) for s in std], f'{where}: {kind}' if kind else where, notes=notes)
 
-# %% ../nbs/01_expected.ipynb #f6f9c663
+# %% ../nbs/01_expected.ipynb #2a87f207
 def _from_config(d, where):
     "Constants of a config `dict` from any of the libraries"
     if 'source' in d and {'mean','std'} <= d.keys():
         return NormStats(**{f.name:d[f.name] for f in dataclasses.fields(NormStats) if d.get(f.name) is not None})
-    for k in ('image_processor','preprocess_cfg','pretrained_cfg'):
+    for k in ('image_processor','preprocess_cfg','pretrained_cfg','data_config'):
         if isinstance(d.get(k), dict): return _from_config({'architecture':d.get('architecture'), **d[k]}, where)
     if {'image_mean','do_normalize','image_processor_type','feature_extractor_type'} & d.keys(): return _from_hf(d, where)
     if d.get('mean') is None or d.get('std') is None: raise ValueError(

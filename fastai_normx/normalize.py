@@ -22,12 +22,12 @@ from fastai.learner import Learner
 from fastai.torch_core import TensorImage
 from .expected import NormStats,expected_stats,_compose,_resolve,_warn
 
-# %% ../nbs/02_normalize.ipynb #74d34a35
+# %% ../nbs/02_normalize.ipynb #2052f5cc
 def _with_stats(cls, s, dim, ndim, cuda):
     "A plain `Normalize` with the constants of `s`, and `s` as a dict in `norm_stats`"
     if not -ndim<=dim<ndim: raise ValueError(f'`dim` is the channel axis of a batch with `ndim` axes: received dim={dim}, ndim={ndim}')
     res = cls.from_stats(*s, dim=dim, ndim=ndim, cuda=cuda)
-    res.norm_stats = s.to_dict()
+    res.norm_stats,res.dim = s.to_dict(),dim%ndim
     return res
 
 @patch(cls_method=True)
@@ -42,14 +42,12 @@ def from_pretrained(cls:Normalize,
     "A `Normalize` with exactly the constants that a pretrained backbone expects"
     return _with_stats(cls, expected_stats(source, n_in, extra), dim, ndim, cuda)
 
-# %% ../nbs/02_normalize.ipynb #41687eec
+# %% ../nbs/02_normalize.ipynb #df533988
 def _flat(b): return list(chain.from_iterable(map(_flat, b))) if isinstance(b, (tuple,list)) else [b]
 
 def _check_batch(nrm, b):
     "Raise if the images in `b` cannot be meant for the constants in `nrm`; warn if there is no image to normalize"
-    n,ndim = max(nrm.mean.shape),nrm.mean.ndim
-    dim = next((i for i,k in enumerate(nrm.mean.shape) if k>1), 1)
-    who = nrm.norm_stats['source']
+    n,ndim,dim,who = nrm.mean.numel(),nrm.mean.ndim,nrm.dim,nrm.norm_stats['source']
     imgs = [o for o in _flat(b) if isinstance(o, TensorImage)]
     for x in imgs:
         if not x.is_floating_point(): raise ValueError(

@@ -100,7 +100,8 @@ def test_all_classification_builders():
         for source in (f, partial(f), partial(f, weights=w)):
             assert tuple(expected_stats(source)) == (tuple(t.mean), tuple(t.std)), n
     features = M.VGG16_Weights.IMAGENET1K_FEATURES
-    assert expected_stats(partial(M.vgg16, weights=features)).std == tuple(features.transforms().std)
+    for w in (features, 'IMAGENET1K_FEATURES', str(features)): assert expected_stats(partial(M.vgg16, weights=w)).std == tuple(features.transforms().std)
+    with pytest.raises(ValueError, match='weights=None has random weights'): expected_stats(partial(M.resnet18, weights=None))
 
 
 @quiet
@@ -199,6 +200,7 @@ def test_a_config_may_lean_on_its_class(monkeypatch):
     assert expected_stats(dict(image_processor_type='CLIPImageProcessor')).mean == E._clip[0]
     old = dict(feature_extractor_type='ViTFeatureExtractor', do_normalize=True, image_mean=[.1, .2, .3], image_std=[.4, .4, .4])
     assert np.allclose(tuple(expected_stats(old)), ((.1, .2, .3), (.4, .4, .4)))
+    with pytest.raises(ValueError, match='does not accept this config'): expected_stats(dict(image_processor_type='TimmWrapperImageProcessor'))
     with pytest.raises(ValueError, match='defaults of MyOwnProcessor, which transformers'): expected_stats(dict(image_processor_type='MyOwnProcessor'))
     monkeypatch.setitem(sys.modules, 'transformers', None)
     with pytest.raises(ImportError, match=re.escape("pip install 'fastai_normx[transformers]'")): expected_stats(dict(image_processor_type='CLIPImageProcessor'))
@@ -216,13 +218,45 @@ def test_rescale_off_with_small_mean_warns_and_is_not_repaired():
 
 
 def test_bgr_processors_are_reported():
-    with pytest.warns(ExpectedStatsWarning, match='RGB into BGR'):
+    with pytest.warns(ExpectedStatsWarning, match='turns RGB into BGR'):
         expected_stats(dict(image_processor_type='MobileViTImageProcessor', do_rescale=True, rescale_factor=1/255, do_normalize=False, do_flip_channel_order=True))
+
+
+def test_every_processor_of_transformers():
+    "Black and white images through each processor with its defaults tell the constants it really applies"
+    transformers, Image = pytest.importorskip('transformers'), pytest.importorskip('PIL.Image')
+    transformers.logging.set_verbosity_error()
+    agree = 0
+    for n in (n for n in dir(transformers) if n.endswith('ImageProcessor')):
+        try:
+            p = getattr(transformers, n)()
+            black, white = (p(Image.new('RGB', (256, 256), c), return_tensors='np')['pixel_values'] for c in ('black', 'white'))
+            axis, = (i for i, k in enumerate(np.shape(black)) if k == 3)
+            assert np.ndim(black) > 3
+        except Exception: continue  # needs arguments or other libraries, or makes patches
+        black, white = (np.moveaxis(np.asarray(o, dtype=float), axis, 0).reshape(3, -1) for o in (black, white))
+        seen = (white - black).max(1) > 0
+        at = (white - black)[0].argmax()
+        std = 1/(white - black)[:, at]
+        with warnings.catch_warnings(record=True) as ws:
+            warnings.simplefilter('always')
+            s = expected_stats(p)
+        if any('BGR' in str(w.message) or 'reverse' in str(w.message) for w in ws): continue
+        assert seen.all() and np.allclose(s.std, std, atol=1e-4) and np.allclose(s.mean, -black[:, at]*std, atol=1e-4), n
+        agree += 1
+    assert agree > 20
+
+
+def test_constants_in_reverse_order_are_reported():
+    with pytest.warns(ExpectedStatsWarning, match="ImageNet's mean in reverse order"):
+        expected_stats(dict(do_normalize=True, do_rescale=True, rescale_factor=1/255, image_mean=[.406, .456, .485], image_std=[.225, .224, .229]))
 
 
 def test_timm_configs(tmp_path):
     cfg = get_pretrained_cfg('vit_base_patch16_clip_224.openai')
     assert tuple(expected_stats(cfg)) == (cfg.mean, cfg.std)
+    wrapper = dict(image_processor_type='TimmWrapperImageProcessor', architecture='resnet18', data_config=dict(mean=[.1]*3, std=[.2]*3))
+    assert expected_stats(wrapper).mean == (.1,)*3
     hub = dict(architecture='vit_base_patch16_clip_224', num_classes=512, pretrained_cfg=cfg.to_dict())
     (tmp_path/'config.json').write_text(json.dumps(hub))
     s = expected_stats(tmp_path)

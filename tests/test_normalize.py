@@ -61,6 +61,12 @@ def test_shapes_that_do_not_fit(shape, msg):
         with pytest.raises(ValueError, match=msg): n(b)
 
 
+def test_one_channel_on_any_axis():
+    n = Normalize.from_pretrained('resnet50', dim=2, ndim=5, n_in=1, cuda=False)
+    n(TensorImage(torch.rand(2, 4, 1, 8, 8)))
+    with pytest.raises(ValueError, match='on axis 2 of 5'): n(TensorImage(torch.rand(2, 1, 4, 8, 8)))
+
+
 def test_integers_do_not_fit():
     with pytest.raises(ValueError, match='put `IntToFloatTensor` before it'): Normalize.from_pretrained('resnet50', cuda=False)(TensorImage(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)))
 
