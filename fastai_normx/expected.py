@@ -299,13 +299,15 @@ def _hub_reachable(hub):
     if hub.constants.HF_HUB_OFFLINE: raise hub.errors.OfflineModeIsEnabled('HF_HUB_OFFLINE is set')
     hub.utils.get_session().head(hub.constants.ENDPOINT, timeout=10)
 
-# %% ../nbs/01_expected.ipynb #86d7ce11
+# %% ../nbs/01_expected.ipynb #8ad8c4a6
 _bt601 = .299,.587,.114
 
 def _channels(source):
-    "Input channels of a model or of a Learner's model; None for any other source"
+    "Input channels of a model, or of a Learner's, by its first convolution; None for any other source"
     m = getattr(source, 'model', source)
-    if isinstance(m, nn.Module): return next((c.in_channels for c in m.modules() if isinstance(c, (nn.Conv2d,nn.Conv3d))), None)
+    if not isinstance(m, nn.Module): return
+    c = next((c.in_channels for c in m.modules() if isinstance(c, (nn.Conv2d,nn.Conv3d))), None)
+    return c if c and c<16 else None  # a first convolution on 48 or 64 channels follows a rearrangement of pixels (TResNet, CSATv2)
 
 def _grey(v): return v and (sum(w*o for w,o in zip(_bt601, v)),)
 

@@ -367,6 +367,7 @@ def test_models_that_cannot_say():
 
 def test_channels_come_from_the_model():
     assert expected_stats(timm.create_model('resnet18', in_chans=1)).n_in == 1
+    with torch.device('meta'): assert expected_stats(timm.create_model('tresnet_m')).n_in == 3  # its first convolution has 48
     with pytest.raises(ValueError, match='must come from you'): expected_stats(timm.create_model('resnet18', in_chans=4))
     assert expected_stats(timm.create_model('resnet18', in_chans=4), extra=(.3, .2)).mean[3] == .3
 
