@@ -42,7 +42,7 @@ def from_pretrained(cls:Normalize,
     "A `Normalize` with exactly the constants that a pretrained backbone expects"
     return _with_stats(cls, expected_stats(source, n_in, extra), dim, ndim, cuda)
 
-# %% ../nbs/02_normalize.ipynb #df533988
+# %% ../nbs/02_normalize.ipynb #9e050460
 def _flat(b): return list(chain.from_iterable(map(_flat, b))) if isinstance(b, (tuple,list)) else [b]
 
 def _check_batch(nrm, b):
@@ -61,6 +61,7 @@ def _check_batch(nrm, b):
 
 @patch
 def __call__(self:Normalize, x, split_idx=None, **kwargs):
+    "As in fastai, after a look at the batch if the constants come from this package"
     if hasattr(self, 'norm_stats'): _check_batch(self, x)
     return Transform.__call__(self, x, split_idx=split_idx, **kwargs)
 
