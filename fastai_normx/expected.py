@@ -7,12 +7,13 @@ Docs: https://fastai.github.io/fastai_normx/expected.html.md"""
 # %% auto #0
 __all__ = ['ExpectedStatsWarning', 'NormStats', 'expected_stats']
 
-# %% ../nbs/01_expected.ipynb #dc037b20
-import dataclasses,difflib,inspect,json,math,re,sys,warnings
+# %% ../nbs/01_expected.ipynb #163f9f93
+import dataclasses,difflib,json,math,os,re,sys,warnings
 from enum import Enum
 from functools import partial,singledispatch
 from importlib import import_module
 from importlib.metadata import version,PackageNotFoundError
+from numbers import Integral,Real
 from pathlib import Path
 from types import FunctionType
 
@@ -84,16 +85,22 @@ _resolve = singledispatch(_refuse)
 @_resolve.register
 def _(source:NormStats): return source
 
-# %% ../nbs/01_expected.ipynb #6dadb3d1
+# %% ../nbs/01_expected.ipynb #67c8f6bc
+def _in_range(s): return 0<=min(s.mean) and max(s.mean)<=1
+
+def _warn_range(s):
+    hint = (f' These look like constants for pixels in 0-255: for [0,1] divide by 255, mean {_short([m/255 for m in s.mean])} '
+            f'and std {_short([o/255 for o in s.std])}.') if max(s.mean)>1 else ''
+    _warn(f'mean {_short(s.mean)}, std {_short(s.std)}: pixels scaled to [0,1] have a mean in [0,1] and a std of at most 0.5.{hint} '
+          'Used as given: this is right only if the model was trained so.')
+
+# %% ../nbs/01_expected.ipynb #a6a45244
 @_resolve.register(tuple)
 @_resolve.register(list)
 def _(source):
     if len(source)!=2: raise ValueError(f'A pair `(mean, std)` was expected, received {len(source)} values: {source!r}'[:300])
     s = NormStats(*source)
-    if max(s.std)>.5 or max(s.mean)>1 or min(s.mean)<0:
-        hint = f' These look like constants for pixels in 0-255: for [0,1] divide by 255, mean {_short([m/255 for m in s.mean])} and std {_short([o/255 for o in s.std])}.' if max(s.mean)>1 else ''
-        _warn(f'mean {_short(s.mean)}, std {_short(s.std)}: pixels scaled to [0,1] have a mean in [0,1] and a std of at most 0.5.{hint} '
-              'Used as given: this is right only if the model was trained so.')
+    if max(s.std)>.5 or not _in_range(s): _warn_range(s)
     return s
 
 # %% ../nbs/01_expected.ipynb #98b71d35
@@ -130,7 +137,11 @@ def _timm_note(arch, s):
     odd = [n for n,c in cfgs if (tuple(c.mean),tuple(c.std))!=tuple(s)]
     return (f"timm's default tag; {len(odd)} of {len(cfgs)} tags of {arch} expect other constants, for example {odd[0]}",) if odd else ()
 
-# %% ../nbs/01_expected.ipynb #6f93eab2
+# %% ../nbs/01_expected.ipynb #5d90018c
+def _also_in_torchvision(arch):
+    from torchvision import models as M
+    return f" torchvision has weights for its own {arch}: pass '{M.get_model_weights(arch).DEFAULT}' or the builder." if arch in M.list_models() else ''
+
 def _timm_name(name):
     "Constants of a timm model name, or None if timm does not know it"
     try: tm = import_module('timm.models')
@@ -145,12 +156,17 @@ def _timm_name(name):
     cfg = tm.get_pretrained_cfg(name) if tm.is_model_pretrained(name) else None
     if cfg is None and tag and (tags := tm.list_models(f'{arch}.*', pretrained=True)): raise ValueError(
         f"timm's {arch} has no pretrained tag {tag!r}. Its tags: {', '.join(difflib.get_close_matches(name, tags, len(tags), 0))}")
-    s = _timm_stats(cfg or {}, name)
+    try: s = _timm_stats(cfg or {}, name)
+    except ValueError as e: raise ValueError(f'{e}{_also_in_torchvision(arch)}') from None
     if not tag: notes += _timm_note(arch, s)
     s = dataclasses.replace(s, notes=notes)
     return _report_conflict(s, arch) if cfg.tag=='tv_in1k' else s
 
-# %% ../nbs/01_expected.ipynb #cacb19d9
+# %% ../nbs/01_expected.ipynb #2a0f7ad9
+def _converts_input(arch):
+    "Does torchvision's pretrained `arch` turn ImageNet's constants into 0.5 / 0.5 in its `forward`?"
+    return arch in ('googlenet','inception_v3')
+
 def _report_conflict(s, arch):
     "Warn and add a note if timm and torchvision state different constants for torchvision's first `arch` weights"
     from torchvision import models as M
@@ -164,17 +180,23 @@ def _report_conflict(s, arch):
     _warn(msg)
     return dataclasses.replace(s, notes=s.notes+(msg,))
 
-# %% ../nbs/01_expected.ipynb #f0dba09f
+# %% ../nbs/01_expected.ipynb #827c3b2b
 def _from_weights(w):
     "Constants of a torchvision weights entry"
     from torchvision import models as M
-    try: s = _from_transform(w.transforms())
-    except ValueError: raise ValueError(
-        f'The transforms of torchvision {w} state no mean and std: such models (detection, optical flow) normalize inside. '
-        'Give them pixels in [0,1] and no `Normalize`.') from None
+    t = w.transforms()
+    if not hasattr(t, 'mean'): raise ValueError(f'The transforms of torchvision {w} state no mean and std: ' + (
+        'optical flow models take pixels in [-1,1], so pass ((.5,.5,.5), (.5,.5,.5)).' if type(t).__name__=='OpticalFlow'
+        else 'detection models normalize inside. Give them pixels in [0,1] and no `Normalize`.'))
+    s = _from_transform(t)
     s = NormStats(*s, f"{_lib('torchvision')}: {w}", *_ref(w.name))
     arch = {M.get_model_weights(n):n for n in M.list_models()}.get(type(w))
-    return _report_conflict(s, arch) if w.name=='IMAGENET1K_V1' else s
+    if not _converts_input(arch): return _report_conflict(s, arch) if w.name=='IMAGENET1K_V1' else s
+    msg = (f"torchvision's {arch} takes these constants and converts them to 0.5 / 0.5 in its forward (`transform_input=True`); a body cut from it, "
+           'as in `vision_learner`, does not, and expects 0.5 / 0.5: use `dls.normalize_for(learn)`, or pass ((.5,.5,.5), (.5,.5,.5))')
+    if arch=='inception_v3': msg += '. timm, whose port never converts, says 0.5 / 0.5 for the same weights'
+    _warn(msg)
+    return dataclasses.replace(s, notes=s.notes+(msg,))
 
 def _tv_weights(name):
     "Constants of a torchvision weights entry or builder by name, or None if torchvision does not know it"
@@ -193,29 +215,47 @@ def _(source:Enum):
     if not isinstance(source, WeightsEnum): return _resolve.dispatch(object)(source)
     return _from_weights(source)
 
-# %% ../nbs/01_expected.ipynb #0dfb7d82
+# %% ../nbs/01_expected.ipynb #bd030ad4
 def _leaves(t):
     "The transforms inside `Compose`, `Sequential` and lists, in order"
     if isinstance(t, partial): t = t()
     inner = t if isinstance(t, (list,tuple,nn.Sequential)) else getattr(t, 'transforms', None)
-    return [t] if inner is None else [l for o in inner for l in _leaves(o)]
+    if inner is None: return [t]
+    res = [l for o in inner for l in _leaves(o)]
+    if type(t).__name__.startswith('Random') and any(_has_stats(l) for l in res): raise ValueError(
+        f'{type(t).__name__} normalizes at random, so it states no constants. Pass the Normalize you mean.')
+    return res
+
+def _has_stats(t): return hasattr(t, 'mean') and hasattr(t, 'std')
 
 def _compose(a, b):
     "The one normalization `(mean, std)` that does `a`, then `b`"
     (m1,s1),(m2,s2) = a,b
     return [m+s*n for m,s,n in zip(m1,s1,m2)],[s*t for s,t in zip(s1,s2)]
 
+def _makes_float(t):
+    "Whether transform `t` makes pixels float (True) or 8-bit (False); None: neither"
+    kind = type(t).__name__
+    if kind in ('PILToTensor','ToImage','ToPILImage'): return False
+    if kind in ('ToTensor','MaybeToTensor'): return True
+    if kind not in ('ToDtype','ConvertImageDtype'): return
+    dts = t.dtype.values() if isinstance(t.dtype, dict) else [t.dtype]
+    return any(d is not None and d.is_floating_point for d in dts)
+
 def _from_transform(t):
     "Constants of torchvision transforms, as they act on pixels scaled to [0,1]"
-    ls = _leaves(t)
-    norms = [tuple(_floats(getattr(l, k), k) for k in ('mean','std')) for l in ls if hasattr(l, 'mean') and hasattr(l, 'std')]
-    if not norms: raise ValueError(f'There is no Normalize in {t}: nothing here states a mean and a std')
-    scales = [getattr(l, 'scale', True) for l in ls if type(l).__name__=='ToDtype']
-    res = norms[0] if not scales or any(scales) else tuple(tuple(v/255 for v in o) for o in norms[0])
-    for n in norms[1:]: res = _compose(res, n)
+    is_float,scale,res = False,1,None
+    for l in _leaves(t):
+        to_float = _makes_float(l)
+        if to_float and not is_float: scale = 1 if getattr(l, 'scale', True) else 255
+        if to_float is not None: is_float = to_float
+        if not _has_stats(l): continue
+        mean,std = (_floats(getattr(l, k), k) for k in ('mean','std'))
+        res = _compose(res, (mean,std)) if res else ([m/scale for m in mean],[s/scale for s in std])
+    if not res: raise ValueError(f'There is no Normalize in {t}: nothing here states a mean and a std')
     return NormStats(*res, f"{_lib('torchvision')}: {type(t).__name__}")
 
-# %% ../nbs/01_expected.ipynb #37e4f8ab
+# %% ../nbs/01_expected.ipynb #f943e47d
 @_resolve.register
 def _(source:FunctionType):
     mod = (source.__module__ or '').partition('.')[0]
@@ -231,11 +271,15 @@ def _(source:FunctionType):
 @_resolve.register
 def _(source:partial):
     if isinstance(source.func, type): return _from_transform(source)
-    if 'weights' not in source.keywords: return _resolve(source.func)
-    from torchvision.models import get_model_weights
-    w = source.keywords['weights']
-    if w is None: raise ValueError(f'{source.func.__name__} with weights=None has random weights, which expect no constants. Pass the weights entry, or `(mean, std)`.')
-    return _resolve(get_model_weights(source.func)[w.split('.')[-1]] if isinstance(w, str) else w)
+    f,kw = source.func,source.keywords
+    if kw.get('pretrained') is False or ('weights' in kw and kw['weights'] is None): raise ValueError(
+        f'{f.__name__} with {", ".join(f"{k}={v}" for k,v in kw.items())} has random weights, which expect no constants. Pass the weights entry, or `(mean, std)`.')
+    if isinstance(tag := kw.get('pretrained_cfg'), str): return _resolve(f'{f.__name__}.{tag}')
+    w = kw.get('weights')
+    if isinstance(w, str):
+        from torchvision.models import get_model_weights
+        return _resolve(w if '.' in w else f'{get_model_weights(f).__name__}.{w}')
+    return _resolve(w or f)
 
 @_resolve.register
 def _(source:type):
@@ -262,16 +306,15 @@ def _unknown(name):
         f"Tried: {tried}, {_lib('torchvision')} weights and builders, fastai's architectures, a file or folder of that name.\n"
         + (f"Closest names: {', '.join(dict.fromkeys(close))}.\n" if close else 'No known name is close to it.\n') + f'Pass {_takes}.')
 
-# %% ../nbs/01_expected.ipynb #5e49352b
+# %% ../nbs/01_expected.ipynb #b4269228
 @_resolve.register
 def _(source:str):
     name = source.strip()
-    p = Path(name).expanduser()
-    if name.startswith('local-dir:') : return _resolve(Path(name[10:]))
-    if name and (p.suffix=='.json' or name[0] in './~') : return _resolve(p)
+    if name.startswith('local-dir:'): return _resolve(Path(name[10:]))
+    if name.endswith('.json') or name[:1] in tuple('./~'): return _resolve(Path(name))
     for f in (_timm_name, _tv_weights):
         if s := f(name): return s
-    if name and p.exists(): return _resolve(p)
+    if name and os.path.exists(name): return _resolve(Path(name))
     if s := _fastai_name(name) or _hub_name(name): return s
     raise _unknown(name)
 
@@ -299,13 +342,14 @@ def _hub_reachable(hub):
     if hub.constants.HF_HUB_OFFLINE: raise hub.errors.OfflineModeIsEnabled('HF_HUB_OFFLINE is set')
     hub.utils.get_session().head(hub.constants.ENDPOINT, timeout=10)
 
-# %% ../nbs/01_expected.ipynb #8ad8c4a6
+# %% ../nbs/01_expected.ipynb #f8fc5b7f
 _bt601 = .299,.587,.114
 
 def _channels(source):
     "Input channels of a model, or of a Learner's, by its first convolution; None for any other source"
     m = getattr(source, 'model', source)
     if not isinstance(m, nn.Module): return
+    m = next((o for o in m.modules() if getattr(o, 'pretrained_cfg', None)), m)
     c = next((c.in_channels for c in m.modules() if isinstance(c, (nn.Conv2d,nn.Conv3d))), None)
     return c if c and c<16 else None  # a first convolution on 48 or 64 channels follows a rearrangement of pixels (TResNet, CSATv2)
 
@@ -315,8 +359,9 @@ def _with_n_in(s, n_in, extra=None):
     "`s` for images of `n_in` channels"
     e = None if extra is None else expected_stats(extra)
     if n_in is None: n_in = s.n_in + (e.n_in if e else 0)
-    if isinstance(n_in, bool) or not isinstance(n_in, int) or n_in<1: raise ValueError(f'`n_in` is a number of channels, 1 or more; received {n_in!r}')
-    if e and n_in>s.n_in:
+    if isinstance(n_in, bool) or not isinstance(n_in, Integral) or n_in<1: raise ValueError(f'`n_in` is a number of channels, 1 or more; received {n_in!r}')
+    if e and n_in<=s.n_in: raise ValueError(f'`extra` is for channels beyond the {s.n_in} of {s.source}, and n_in={n_in} has none: leave one of them out')
+    if e:
         if e.n_in not in (n_in, n_in-s.n_in): raise ValueError(
             f'`extra` has {e.n_in} channels, but with n_in={n_in} and {s.n_in} from {s.source} it needs {n_in-s.n_in} (or all {n_in})')
         k = e.n_in-(n_in-s.n_in)
@@ -341,7 +386,7 @@ def expected_stats(
 
 expected_stats.register = _resolve.register
 
-# %% ../nbs/01_expected.ipynb #4d3e88f4
+# %% ../nbs/01_expected.ipynb #444ff694
 def _hf_defaults(d, kind):
     "`d` completed with the defaults of the processor class it names"
     tf = _import('transformers', 'transformers', f'This config leaves values to the defaults of {kind}, and reading them')
@@ -359,6 +404,7 @@ def _from_hf(d, where):
     if not stated and kind: d = dict(do_normalize=False) | {k:v for k,v in _hf_defaults(d, kind).items() if v is not None}
     elif not stated: notes = ('the config does not say how it rescales: read as 1/255, as nearly all processors do',)
     f = d.get('rescale_factor', 1/255) if d.get('do_rescale', True) else 1
+    if not isinstance(f, Real) or not f>0: raise ValueError(f'{where} has rescale_factor {f!r}: expected a number greater than 0, such as 1/255')
     off = 1 if d.get('rescale_offset', d.get('offset', False)) and f!=1 else 0
     mean,std = (d.get('image_mean'),d.get('image_std')) if d.get('do_normalize', True) else (0.,1.)
     if mean is None or std is None: raise ValueError(
@@ -371,13 +417,15 @@ def _from_hf(d, where):
     if d.get('do_flip_channel_order') or _is_bgr(mean):
         notes += ('this model expects BGR, so reverse the channels after Normalize: `x[:, [2,1,0]]`',)
         _warn(f'{where}: ' + ('the processor turns RGB into BGR' if d.get('do_flip_channel_order') else f"{_short(mean)} is ImageNet's mean in reverse order") + f'. Perhaps {notes[-1]}. Constants alone cannot say.')
-    return NormStats([(m+off)/(255*f) for m in mean], [s/(255*f) for s in std], f'{where}: {kind}' if kind else where, notes=notes)
+    s = NormStats([(m+off)/(255*f) for m in mean], [s/(255*f) for s in std], f'{where}: {kind}' if kind else where, notes=notes)
+    if not _in_range(s): _warn_range(s)
+    return s
 
-# %% ../nbs/01_expected.ipynb #2a87f207
+# %% ../nbs/01_expected.ipynb #0a970175
 def _from_config(d, where):
     "Constants of a config `dict` from any of the libraries"
-    if 'source' in d and {'mean','std'} <= d.keys():
-        return NormStats(**{f.name:d[f.name] for f in dataclasses.fields(NormStats) if d.get(f.name) is not None})
+    own = d.get('fastai_normx')
+    if isinstance(own, dict) and all(_floats(d.get(f'image_{k}'), k)==_floats(own.get(k), k) for k in ('mean','std')): return NormStats(**own)
     for k in ('image_processor','preprocess_cfg','pretrained_cfg','data_config'):
         if isinstance(d.get(k), dict): return _from_config({'architecture':d.get('architecture'), **d[k]}, where)
     if {'image_mean','do_normalize','image_processor_type','feature_extractor_type'} & d.keys(): return _from_hf(d, where)
@@ -390,16 +438,16 @@ def _from_config(d, where):
 @_resolve.register
 def _(source:dict): return _from_config(source, 'a config')
 
-# %% ../nbs/01_expected.ipynb #370018f3
+# %% ../nbs/01_expected.ipynb #7192c182
 _max_bytes = 2**24
 
 @_resolve.register
 def _(source:Path):
-    p = source.expanduser()
+    p = Path(os.path.expanduser(source))
     if p.is_dir(): return _from_folder(p)
     if not p.exists(): raise FileNotFoundError(f'There is no file or folder {str(source)!r}')
     if (n := p.stat().st_size) > _max_bytes: raise ValueError(f'{str(source)!r} has {n/2**20:.0f} MiB; a config has a few kB, so it was not read')
-    try: d = json.loads(p.read_text(encoding='utf-8'))
+    try: d = json.loads(p.read_text(encoding='utf-8-sig'))
     except UnicodeDecodeError: raise ValueError(f'{str(source)!r} is not a text file: expected JSON, such as {_config_files[0]}') from None
     except RecursionError: raise ValueError(f'{str(source)!r} is nested too deeply to be a config') from None
     except json.JSONDecodeError as e: raise ValueError(f'{str(source)!r} is ' + ('empty' if not n else f'not valid JSON: {e}')) from None
@@ -419,45 +467,50 @@ def _from_folder(p):
         if tuple(o)!=tuple(s): _warn(f'{p.name}/{first} says {_short(s.mean)} / {_short(s.std)}, {f} beside it says {_short(o.mean)} / {_short(o.std)}. Used {first}.')
     return s
 
-# %% ../nbs/01_expected.ipynb #00cd61f2
+# %% ../nbs/01_expected.ipynb #88c53c21
 @_resolve.register
 def _(source:object):
     where = type(source).__name__
-    if where in ('Learner','DataLoaders','Normalize') and 'fastai_normx.normalize' not in sys.modules:
+    if 'fastai_normx.normalize' not in sys.modules and any(c.__module__.startswith('fastai.') for c in type(source).__mro__):
         import_module('fastai_normx.normalize')  # where fastai's types are registered
         return _resolve(source)
     if (lib := type(source).__module__.partition('.')[0]) in ('transformers','timm','open_clip'): where = _lib(dict(open_clip='open_clip_torch').get(lib, lib))
     if isinstance(getattr(source, 'transforms', None), (list,tuple)) or lib=='torchvision': return _from_transform(source)
     if hasattr(source, 'image_processor'): return _resolve(source.image_processor)
     if hasattr(source, 'to_dict') and lib in ('transformers','timm'): return _from_config(source.to_dict(), where)
+    if type(source).__name__=='PretrainedCfg': return _timm_stats(source, source.architecture or 'a PretrainedCfg')
     if dataclasses.is_dataclass(source) and not isinstance(source, type) and hasattr(source, 'mean'): return _from_config(dataclasses.asdict(source), where)
     _refuse(source)
 
-# %% ../nbs/01_expected.ipynb #2c0f1229
+# %% ../nbs/01_expected.ipynb #f0ced374
 @_resolve.register
 def _(source:nn.Module):
     if all(type(l).__module__.startswith('torchvision.transforms') for l in _leaves(source)): return _from_transform(source)
+    found = []
     for m in source.modules():
         if type(m).__name__ in ('GeneralizedRCNNTransform','Normalize'): raise ValueError(
             f'{type(source).__name__} normalizes inside ({type(m).__name__}): give it pixels in [0,1] and no `Normalize`')
-        if cfg := getattr(m, 'pretrained_cfg', None): return _timm_stats(cfg, (cfg if isinstance(cfg, dict) else vars(cfg)).get('architecture') or type(m).__name__)
-        if cfg := getattr(m, 'preprocess_cfg', None): return _from_config(dict(cfg), _lib('open_clip_torch'))
+        if cfg := getattr(m, 'pretrained_cfg', None): found.append(_timm_stats(cfg, (cfg if isinstance(cfg, dict) else vars(cfg)).get('architecture') or type(m).__name__))
+        if cfg := getattr(m, 'preprocess_cfg', None): found.append(_from_config(dict(cfg), _lib('open_clip_torch')))
+    if len({tuple(s) for s in found})>1: raise ValueError(
+        f'This {type(source).__name__} holds pretrained models that expect different constants: {"; ".join(map(repr, found))}. Pass the one whose input you mean.')
+    if found: return found[0]
     repo = getattr(getattr(source, 'config', None), 'name_or_path', None)
     hint = f'its processor, `AutoImageProcessor.from_pretrained({repo!r})`' if repo else 'what it was created from: the weights entry, the builder or the name'
     raise ValueError(f'A {type(source).__name__} does not record which weights it holds. Pass {hint}; or the constants, `(mean, std)`.')
 
-# %% ../nbs/01_expected.ipynb #bee15895
+# %% ../nbs/01_expected.ipynb #cf062b6d
 @patch
 def save(self:NormStats,
     path, # A folder, or a file name that ends in .json
     overwrite:bool=False # Replace a file that says something else?
 )->Path: # The file written
     "Write a `preprocessor_config.json` that transformers, timm and `expected_stats` read"
-    p = Path(path).expanduser()
+    p = Path(os.path.expanduser(path))
     if p.suffix!='.json': p = p/_config_files[0]
     txt = json.dumps(dict(image_processor_type='ViTImageProcessor', do_resize=False, do_rescale=True, rescale_factor=1/255, do_normalize=True,
-                          image_mean=self.mean, image_std=self.std, **self.to_dict()), indent=1)+'\n'
-    if p.exists() and not overwrite and p.read_text(encoding='utf-8')!=txt: raise FileExistsError(f'{str(p)!r} exists and says something else: pass overwrite=True to replace it')
+                          image_mean=self.mean, image_std=self.std, mean=self.mean, std=self.std, fastai_normx=self.to_dict()), indent=1)+'\n'
+    if p.exists() and not overwrite and p.read_bytes()!=txt.encode(): raise FileExistsError(f'{str(p)!r} exists and says something else: pass overwrite=True to replace it')
     p.parent.mkdir(parents=True, exist_ok=True)
-    p.write_text(txt, encoding='utf-8')
+    p.write_bytes(txt.encode())
     return p

@@ -7,20 +7,21 @@ Docs: https://fastai.github.io/fastai_normx/normalize.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/02_normalize.ipynb #2d00855d
+# %% ../nbs/02_normalize.ipynb #48ae3fa2
 import dataclasses
 from contextlib import nullcontext
 from itertools import chain
 
 import torch
 from torch import Tensor
+from torchvision import models as M
 from fastcore.basics import patch
 from fasttransform import Pipeline,Transform
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.torch_core import TensorImage
-from .expected import NormStats,expected_stats,_compose,_resolve,_warn
+from .expected import NormStats,expected_stats,_compose,_converts_input,_imagenet_ref,_lib,_resolve,_warn
 
 # %% ../nbs/02_normalize.ipynb #2052f5cc
 def _with_stats(cls, s, dim, ndim, cuda):
@@ -42,7 +43,7 @@ def from_pretrained(cls:Normalize,
     "A `Normalize` with exactly the constants that a pretrained backbone expects"
     return _with_stats(cls, expected_stats(source, n_in, extra), dim, ndim, cuda)
 
-# %% ../nbs/02_normalize.ipynb #9e050460
+# %% ../nbs/02_normalize.ipynb #f33ebfbf
 def _flat(b): return list(chain.from_iterable(map(_flat, b))) if isinstance(b, (tuple,list)) else [b]
 
 def _check_batch(nrm, b):
@@ -55,9 +56,10 @@ def _check_batch(nrm, b):
         if x.ndim!=ndim or x.shape[dim]!=n: raise ValueError(
             f'Normalize ({who}) has constants for {n} channel(s) on axis {dim} of {ndim}, and received images of shape {tuple(x.shape)}. ' + (
             'Load them as RGB (`ImageBlock`, not `ImageBlock(PILImageBW)`), or for a model with `n_in=1` pass `n_in=1` here too.' if x.ndim==ndim and x.shape[dim]==1
-            else 'Pass `n_in=` (and `extra=` for channels beyond RGB), or `dim=`/`ndim=` for another layout.'))
+            else 'Pass `n_in=` (and `extra=` for channels beyond RGB), or `dim=`/`ndim=` for another layout.') + (
+            ' Normalize acts on every TensorImage of a batch, targets too: give a target that is no input image another type.' if len(imgs)>1 else ''))
     if not imgs: _warn(f'Normalize ({who}) found no image in this batch and changed nothing: it acts on TensorImage, and received '
-                       f'{", ".join(dict.fromkeys(type(o).__name__ for o in _flat(b)))}. Wrap the images: `TensorImage(x)`.')
+                       f'{", ".join(dict.fromkeys(type(o).__name__ for o in _flat(b))) or "nothing"}. Wrap the images: `TensorImage(x)`.')
 
 @patch
 def __call__(self:Normalize, x, split_idx=None, **kwargs):
@@ -65,7 +67,7 @@ def __call__(self:Normalize, x, split_idx=None, **kwargs):
     if hasattr(self, 'norm_stats'): _check_batch(self, x)
     return Transform.__call__(self, x, split_idx=split_idx, **kwargs)
 
-# %% ../nbs/02_normalize.ipynb #3c51d4e6
+# %% ../nbs/02_normalize.ipynb #3b046517
 _events = 'after_item','before_batch','after_batch'
 
 @patch
@@ -78,6 +80,7 @@ def normalize_for(self:DataLoaders,
     extra=None # `(mean, std)` of the channels after the third, or a source for all `n_in` of them
 )->DataLoaders: # The same object
     "Put exactly one `Normalize`, with the constants that `source` expects, on every loader"
+    if not self.loaders: raise ValueError('This DataLoaders holds no loader to normalize')
     if odd := [type(dl).__name__ for dl in self.loaders if not isinstance(getattr(dl, 'after_batch', None), Pipeline)]: raise ValueError(
         f'normalize_for needs fastai loaders with an `after_batch` pipeline; this DataLoaders holds {", ".join(odd)}. Normalize in their dataset instead.')
     nrm = Normalize.from_pretrained(source, dim, ndim, cuda, n_in=n_in, extra=extra)
@@ -124,7 +127,7 @@ def from_data(cls:Normalize,
                                    'If the data are normalized already, or in 0-255 as floats, the constants are for that scale.')
     return _with_stats(cls, NormStats(m, s, f'the data, {n} images', m, s), dim, ndim, cuda)
 
-# %% ../nbs/02_normalize.ipynb #3d2bbd3e
+# %% ../nbs/02_normalize.ipynb #58a754c9
 @expected_stats.register
 def _(source:Normalize):
     if source.mean is None: raise ValueError('This Normalize has no constants yet: it takes them from the first batch when a DataLoaders is made')
@@ -134,6 +137,7 @@ def _(source:Normalize):
 
 @expected_stats.register
 def _(source:DataLoaders):
+    if not source.loaders: raise ValueError('This DataLoaders holds no loader, so it states no constants')
     found = []
     for dl in source.loaders:
         ss = [expected_stats(t) for t in getattr(getattr(dl, 'after_batch', None), 'fs', []) if isinstance(t, Normalize)]
@@ -145,23 +149,29 @@ def _(source:DataLoaders):
         f'The loaders of this DataLoaders normalize differently: {"; ".join(map(repr, found))}. To make them equal: `dls.normalize_for(arch)`.')
     return found[0]
 
-# %% ../nbs/02_normalize.ipynb #14bb67ff
+# %% ../nbs/02_normalize.ipynb #7579ee21
 @expected_stats.register
 def _(source:Learner):
     arch,kind = getattr(source, 'arch', None),type(source.model).__name__
     if not getattr(source, 'pretrained', True): raise ValueError(
         'This learner was made with pretrained=False: random weights expect no constants. Use the data\'s own, `dls.normalize_for(Normalize.from_data(dls))`, '
         'or, if you loaded weights yourself, name them: a timm name, a weights entry or `(mean, std)`.')
-    try: return _resolve(source.model)
+    try: s = _resolve(source.model)
     except ValueError:
         if arch is None: raise
+    else: return s if hasattr(source, 'pretrained') else dataclasses.replace(s, notes=s.notes+('the model may hold random weights: this Learner does not say',))
+    if _converts_input(_tv_name(arch)) and not any(getattr(m, 'transform_input', False) for m in source.model.modules()): return NormStats(
+        [.5]*3, [.5]*3, f"{_lib('torchvision')}: {M.get_model_weights(arch).DEFAULT}, its body", *_imagenet_ref, notes=('the body was cut from a model that converts its input to 0.5 / 0.5',))
     s = expected_stats(arch)
     return dataclasses.replace(s, notes=s.notes+_other_weights(arch))
 
+def _tv_name(arch):
+    "Name of a torchvision builder, None for anything else"
+    if getattr(arch, '__module__', '').startswith('torchvision.models') and arch.__name__ in M.list_models(): return arch.__name__
+
 def _other_weights(arch):
     "A note if `arch` has torchvision weights with other constants, since a learner does not record its `weights=`"
-    from torchvision import models as M
-    if getattr(arch, '__name__', None) not in M.list_models(): return ()
+    if not _tv_name(arch): return ()
     ws = {str(w):tuple(expected_stats(w)) for w in M.get_model_weights(arch)}
     if len(set(ws.values()))==1: return ()
     msg = f'a Learner does not record `weights=`, and those of {arch.__name__} differ: {", ".join(ws)}. Assumed the default; pass the entry if you chose another.'

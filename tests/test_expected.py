@@ -85,7 +85,7 @@ def test_every_torchvision_weights_entry():
                 assert expected_stats(w).source == f"torchvision {version('torchvision')}: {w}"
                 resolved += 1
             else:
-                with pytest.raises(ValueError, match='normalize inside'): expected_stats(w)
+                with pytest.raises(ValueError, match='state no mean and std'): expected_stats(w)
                 inside += 1
     assert resolved > 140 and inside == 21
 
@@ -101,7 +101,10 @@ def test_all_classification_builders():
             assert tuple(expected_stats(source)) == (tuple(t.mean), tuple(t.std)), n
     features = M.VGG16_Weights.IMAGENET1K_FEATURES
     for w in (features, 'IMAGENET1K_FEATURES', str(features)): assert expected_stats(partial(M.vgg16, weights=w)).std == tuple(features.transforms().std)
-    with pytest.raises(ValueError, match='weights=None has random weights'): expected_stats(partial(M.resnet18, weights=None))
+    for kw in (dict(weights=None), dict(pretrained=False)):
+        with pytest.raises(ValueError, match='has random weights'): expected_stats(partial(M.resnet18, **kw))
+    with pytest.raises(ValueError, match='has no entry .V9.'): expected_stats(partial(M.resnet18, weights='V9'))
+    assert expected_stats(partial(timm.models.efficientnet_b1, pretrained_cfg='ft_in1k')) == expected_stats('efficientnet_b1.ft_in1k')
 
 
 @quiet
@@ -165,6 +168,16 @@ def test_bare_and_missing_normalize():
     with pytest.raises(ValueError, match='no Normalize'): expected_stats(v2.Resize(8))
 
 
+def test_conversions_are_followed_in_order():
+    for t in (T.Compose([T.ToTensor(), T.Normalize(*imagenet), v2.ToDtype(torch.float16)]),
+              v2.Compose([T.ToTensor(), v2.ToDtype(torch.float32), v2.Normalize(*imagenet)]),
+              v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.ToDtype(torch.uint8, scale=True), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*imagenet)])):
+        assert tuple(expected_stats(t)) == imagenet
+    t = v2.Compose([v2.ToDtype(torch.uint8, scale=True), v2.ToDtype(torch.float32), v2.Normalize([123.675]*3, [58.395]*3)])
+    assert np.allclose(tuple(expected_stats(t)), ((.485,)*3, (.229,)*3))
+    with pytest.raises(ValueError, match='RandomChoice normalizes at random'): expected_stats(T.RandomChoice([T.Normalize(*imagenet), T.Normalize([.5]*3, [.5]*3)]))
+
+
 def test_timm_transform():
     t = timm.data.create_transform(224, mean=(.1, .2, .3), std=(.4, .3, .2))
     assert np.allclose(tuple(expected_stats(t)), ((.1, .2, .3), (.4, .3, .2)), atol=1e-7)
@@ -217,6 +230,15 @@ def test_rescale_off_with_small_mean_warns_and_is_not_repaired():
     assert np.allclose(s.std, .5/255)
 
 
+@pytest.mark.parametrize('f', ['1/255', None, 0, -1])
+def test_bad_rescale_factor(f):
+    with pytest.raises(ValueError, match='rescale_factor .* expected a number greater than 0'): expected_stats(dict(do_normalize=True, do_rescale=True, rescale_factor=f, image_mean=[.5], image_std=[.5]))
+
+
+def test_0_255_constants_in_a_config_warn():
+    with pytest.warns(ExpectedStatsWarning, match='divide by 255'): expected_stats(dict(image_mean=[123.7]*3, image_std=[58.]*3))
+
+
 def test_bgr_processors_are_reported():
     with pytest.warns(ExpectedStatsWarning, match='turns RGB into BGR'):
         expected_stats(dict(image_processor_type='MobileViTImageProcessor', do_rescale=True, rescale_factor=1/255, do_normalize=False, do_flip_channel_order=True))
@@ -255,6 +277,7 @@ def test_constants_in_reverse_order_are_reported():
 def test_timm_configs(tmp_path):
     cfg = get_pretrained_cfg('vit_base_patch16_clip_224.openai')
     assert tuple(expected_stats(cfg)) == (cfg.mean, cfg.std)
+    with pytest.raises(ValueError, match='only defaults'): expected_stats(get_pretrained_cfg('botnet50ts_256'))
     wrapper = dict(image_processor_type='TimmWrapperImageProcessor', architecture='resnet18', data_config=dict(mean=[.1]*3, std=[.2]*3))
     assert expected_stats(wrapper).mean == (.1,)*3
     hub = dict(architecture='vit_base_patch16_clip_224', num_classes=512, pretrained_cfg=cfg.to_dict())
@@ -317,6 +340,9 @@ def test_unknown_names():
     with pytest.raises(ValueError, match='No known name is close'): expected_stats('qqqqqqqqqq')
     with pytest.raises(ValueError, match='does not know'): expected_stats('')
     with pytest.raises(ValueError, match=r'no pretrained tag .a1_in1kk.. Its tags: resnet50.a1_in1k,'): expected_stats('resnet50.a1_in1kk')
+    with pytest.raises(ValueError, match='does not know'): expected_stats('a'*5000)
+    with pytest.raises(FileNotFoundError, match='no file or folder'): expected_stats('~nobody-of-that-name/x')
+    with pytest.raises(ValueError, match="only defaults.* pass 'EfficientNet_B7_Weights.IMAGENET1K_V1'"): expected_stats('efficientnet_b7')
     with pytest.raises(ValueError, match='Closest names: ResNet50_Weights'): expected_stats('ResNet50_Weight.DEFAULT')
 
 
@@ -358,6 +384,7 @@ def test_timm_models(wrap):
 def test_models_that_cannot_say():
     with pytest.raises(ValueError, match='only defaults'): expected_stats(timm.create_model('botnet50ts_256'))
     with pytest.raises(ValueError, match='does not record which weights'): expected_stats(M.resnet18())
+    with pytest.raises(ValueError, match='expect different constants'): expected_stats(nn.ModuleList([timm.create_model('resnet18'), timm.create_model('vit_tiny_patch16_224')]))
     with pytest.raises(ValueError, match='normalizes inside'): expected_stats(M.detection.fasterrcnn_mobilenet_v3_large_fpn(weights=None, weights_backbone=None))
     with pytest.raises(ValueError, match='normalizes inside'): expected_stats(nn.Sequential(T.Normalize(*imagenet), timm.create_model('resnet18')))
     m = nn.Linear(1, 1)
@@ -370,6 +397,13 @@ def test_channels_come_from_the_model():
     with torch.device('meta'): assert expected_stats(timm.create_model('tresnet_m')).n_in == 3  # its first convolution has 48
     with pytest.raises(ValueError, match='must come from you'): expected_stats(timm.create_model('resnet18', in_chans=4))
     assert expected_stats(timm.create_model('resnet18', in_chans=4), extra=(.3, .2)).mean[3] == .3
+    assert expected_stats(nn.ModuleList([nn.Conv2d(1, 8, 1), timm.create_model('resnet18')])).n_in == 3
+
+
+def test_channels_and_extra():
+    assert expected_stats('resnet50', n_in=np.int64(1)).n_in == 1
+    for n in (1, 3):
+        with pytest.raises(ValueError, match='`extra` is for channels beyond the 3'): expected_stats('resnet50', n_in=n, extra=(.3, .2))
 
 
 @pytest.mark.parametrize('bad', [3, None, object(), b'resnet50', {1, 2}, np.eye(3), nn.ReLU, (1, 2, 3), ()])
@@ -423,7 +457,20 @@ def test_save_keeps_what_is_there(tmp_path):
     f.write_text('{"precious": 1}')
     with pytest.raises(FileExistsError, match='overwrite=True'): s.save(f)
     assert f.read_text() == '{"precious": 1}'
+    f.write_bytes(b'\xff\xfe')
+    with pytest.raises(FileExistsError): s.save(f)
     assert expected_stats(s.save(f, overwrite=True)) == s
+
+
+def test_a_saved_config_that_was_changed_later(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    expected_stats('resnet50').save(tmp_path)
+    p = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    p.image_mean = [.1, .2, .3]
+    p.save_pretrained(tmp_path/'new')
+    for source in (p, tmp_path/'new'): assert expected_stats(source).mean == (.1, .2, .3)
+    (tmp_path/'bom.json').write_text('{"mean": [0.5], "std": [0.25]}', encoding='utf-8-sig')
+    assert expected_stats(tmp_path/'bom.json').std == (.25,)
 
 
 def test_references_keep_constants_and_pixels_apart():

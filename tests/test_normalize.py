@@ -173,6 +173,41 @@ def test_learner_sources(photo_dls, offline_weights):
     assert expected_stats(learn).mean == timm.models.get_pretrained_cfg('test_vit.r160_in1k').mean
 
 
+def test_a_body_cut_from_a_model_that_converts_its_input(photo_dls, offline_weights):
+    from torchvision.models import googlenet
+    with pytest.warns(ExpectedStatsWarning, match='a body cut from it'): assert tuple(expected_stats(googlenet)) == imagenet
+    learn = vision_learner(photo_dls(), googlenet)
+    s = expected_stats(learn)
+    assert tuple(s) == ((.5,)*3, (.5,)*3)
+    # the judge: the whole model on ImageNet's constants, and its own body on these, see the same
+    whole = googlenet(weights='DEFAULT')
+    x = torch.rand(2, 3, 64, 64)
+    norm = lambda st: (x - torch.tensor(st[0])[:, None, None])/torch.tensor(st[1])[:, None, None]
+    assert torch.allclose(whole._transform_input(norm(imagenet)), norm(tuple(s)), atol=1e-5)
+
+
+def test_learners_of_timm_models(photo_dls):
+    with pytest.raises(ValueError, match='pretrained=False'): expected_stats(vision_learner(photo_dls(), timm.models.resnet18, pretrained=False))
+    s = expected_stats(Learner(photo_dls(), timm.create_model('resnet18', num_classes=2), loss_func=noop))
+    assert tuple(s) == imagenet and 'random weights' in s.notes[0]
+
+
+def test_subclasses_with_only_expected_imported():
+    code = """
+        import warnings; warnings.filterwarnings('ignore')
+        from fastai.vision.all import ImageDataLoaders
+        from fastai_normx.expected import expected_stats
+        try: expected_stats(ImageDataLoaders())
+        except ValueError as e: print(e)"""
+    out = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, check=True).stdout
+    assert 'holds no loader' in out
+    with pytest.raises(ValueError, match='holds no loader'): DataLoaders().normalize_for('resnet50')
+
+
+def test_targets_that_are_images():
+    with pytest.raises(ValueError, match='targets too'): Normalize.from_pretrained('resnet50', cuda=False)((TensorImage(torch.rand(2, 3, 8, 8)), TensorImage(torch.rand(2, 1, 8, 8))))
+
+
 def test_exported_learner_predicts_without_this_package(tmp_path, offline_weights):
     from sklearn.datasets import load_sample_images
     tiles = [im[i:i+64, j:j+64] for im in load_sample_images().images for i in range(0, 384, 128) for j in range(0, 576, 128)]
