@@ -467,7 +467,7 @@ def _from_folder(p):
         if tuple(o)!=tuple(s): _warn(f'{p.name}/{first} says {_short(s.mean)} / {_short(s.std)}, {f} beside it says {_short(o.mean)} / {_short(o.std)}. Used {first}.')
     return s
 
-# %% ../nbs/01_expected.ipynb #88c53c21
+# %% ../nbs/01_expected.ipynb #26c1a6db
 @_resolve.register
 def _(source:object):
     where = type(source).__name__
@@ -476,9 +476,9 @@ def _(source:object):
         return _resolve(source)
     if (lib := type(source).__module__.partition('.')[0]) in ('transformers','timm','open_clip'): where = _lib(dict(open_clip='open_clip_torch').get(lib, lib))
     if isinstance(getattr(source, 'transforms', None), (list,tuple)) or lib=='torchvision': return _from_transform(source)
+    if type(source).__name__=='PretrainedCfg': return _timm_stats(source, source.architecture or 'a PretrainedCfg')
     if hasattr(source, 'image_processor'): return _resolve(source.image_processor)
     if hasattr(source, 'to_dict') and lib in ('transformers','timm'): return _from_config(source.to_dict(), where)
-    if type(source).__name__=='PretrainedCfg': return _timm_stats(source, source.architecture or 'a PretrainedCfg')
     if dataclasses.is_dataclass(source) and not isinstance(source, type) and hasattr(source, 'mean'): return _from_config(dataclasses.asdict(source), where)
     _refuse(source)
 
