@@ -40,40 +40,53 @@ def _pixels(x, dim):
     x = x.movedim(dim, 1)
     return x[...,None] if x.ndim==2 else x.flatten(2)
 
-# %% ../nbs/00_stats.ipynb #f8322b19
+# %% ../nbs/00_stats.ipynb #9692f5a8
 def _moments(x):
     "Per image and channel of `[N,C,P]`: finite pixels, mean, sum of squared deviations, min, max, non-finite pixels"
-    x = x.contiguous()
-    d = x.to(torch.float64, copy=True)
-    if not x.is_floating_point(): x = d.div_(255)
-    m = d.mean(-1, keepdim=True)
-    if d.device.type=='cpu' and m.isfinite().all():
-        lo,hi = x.amin(-1).double(),x.amax(-1).double()
-        return torch.full_like(lo, d.shape[-1]),m[...,0],d.sub_(m).square_().sum(-1),lo,hi,torch.zeros_like(lo)
+    d = x.double() if x.is_floating_point() else x.double()/255
     ok = d.isfinite()
     n = ok.sum(-1).double()
     m = d.where(ok, 0.).sum(-1)/n.clamp(min=1)
     sq = (d-m[...,None]).where(ok, 0.).square_().sum(-1)
     return n,m,sq,d.where(ok, torch.inf).amin(-1),d.where(ok, -torch.inf).amax(-1),d.shape[-1]-n
 
-# %% ../nbs/00_stats.ipynb #fb81f7a4
+# %% ../nbs/00_stats.ipynb #99ffe0b9
+def _cpu_moments(x):
+    "`_moments` for a batch on the CPU"
+    x = (x.float() if x.dtype==torch.bfloat16 else x).numpy()
+    n,is_float,res = max(1, 2**18//x[0].size),x.dtype.kind=='f',[]
+    buf = np.empty((min(n, len(x)), *x.shape[1:]))
+    for i in range(0, len(x), n):
+        q = np.ascontiguousarray(x[i:i+n])
+        d = buf[:len(q)]
+        np.copyto(d, q)
+        if not is_float: d /= 255
+        lo,hi = (o:=q if is_float and q.itemsize>2 else d).min(-1),o.max(-1)
+        p = d[...,:1].copy()
+        with np.errstate(invalid='ignore', over='ignore'): d -= p
+        s = np.einsum('ncp->nc', d)
+        m,same = s/d.shape[-1],np.ones_like(s)
+        res.append((same*d.shape[-1], p[...,0]+m, (np.einsum('ncp,ncp->nc', d, d)-s*m).clip(0), lo, hi, 0*same)
+                   if np.isfinite(s).all() else [o.numpy() for o in _moments(torch.from_numpy(q))])
+    return [torch.from_numpy(np.concatenate(o)).double() for o in zip(*res)]
+
+# %% ../nbs/00_stats.ipynb #5aca7327
 def _hist_moments(h):
-    "`_moments` from counts of the values 0 to 255, `[N,C,256]`"
-    h = h.double()
-    v,n = torch.arange(256., dtype=torch.float64)/255,h.sum(-1)
-    m = h@v/n
-    at = torch.where(h>0, v, torch.nan)
-    lo,hi = at.nan_to_num(2).amin(-1),at.nan_to_num(-1).amax(-1)
-    return n,m,(h*(v-m[...,None])**2).sum(-1),lo,hi,torch.zeros_like(n)
+    "`_moments` from counts of the values 0 to 255, an array `[N,C,256]`"
+    v,n,seen = np.arange(256)/255,h.sum(-1),h>0
+    m = np.einsum('ncv,v->nc', h, v)/n
+    sq = np.einsum('ncv,ncv->nc', h, (v-m[...,None])**2)
+    return [torch.from_numpy(o).double() for o in (n, m, sq, seen.argmax(-1)/255, (255-seen[...,::-1].argmax(-1))/255, 0*n)]
+
+def _counts(x): return sum(torch.bincount(o, minlength=256) for o in x.split(2**15)).numpy() # shorter than what PyTorch gives to threads
 
 def _batch_moments(x):
-    "`_moments` of a batch, in pieces that fit the cache"
-    if x.dtype==torch.uint8 and x.device.type=='cpu' and x.shape[-1]>=48*48:
-        return _hist_moments(torch.stack([torch.bincount(c, minlength=256) for im in x for c in im]).view(*x.shape[:2], 256))
-    n = (2**18 if x.device.type=='cpu' else 2**25)//max(1, x[0].numel())
-    return [torch.cat(o) for o in zip(*map(_moments, x.split(max(1, n))))]
+    "`_moments` of a batch, the fastest way"
+    if x.device.type!='cpu': return [torch.cat(o) for o in zip(*map(_moments, x.split(max(1, 2**25//x[0].numel()))))]
+    if x.dtype!=torch.uint8 or x.shape[-1]<48*48: return _cpu_moments(x)
+    return _hist_moments(np.stack([[_counts(c) for c in im] for im in x]))
 
-# %% ../nbs/00_stats.ipynb #b28c7355
+# %% ../nbs/00_stats.ipynb #8a608d94
 def _zeros(c):
     "The state of nothing, for `c` channels"
     z = torch.zeros(c, dtype=torch.float64)
@@ -88,7 +101,7 @@ def _state(n, m, sq, lo, hi, bad):
     return dict(mean=mean, pixels=N, dev=b[2].sum(0), gram=torch.einsum('inc,jnc->cij', b, b), min=lo.amin(0), max=hi.amax(0),
                 nonfinite=bad.sum(0), images=(n>0).sum(0).double(), within=own.sqrt().sum(0))
 
-# %% ../nbs/00_stats.ipynb #6525ca61
+# %% ../nbs/00_stats.ipynb #bfc94e96
 class ChannelStats:
     "Statistics of images' channels that add up: `ChannelStats.of(batch)`, then `+`"
     def __init__(self, items:int=0, state:dict=None): self._items,self._s = items,state or _zeros(0)
@@ -104,7 +117,7 @@ class ChannelStats:
         x = _pixels(x, dim)
         return cls(len(x), _state(*_batch_moments(x)) if x.numel() else _zeros(x.shape[1]))
 
-# %% ../nbs/00_stats.ipynb #1a2d173d
+# %% ../nbs/00_stats.ipynb #ffc1b70a
 def _field(f):
     "A read-only property, computed from the state and brought to the CPU"
     return property(lambda self: f(self._s).cpu(), doc=f.__doc__)
@@ -127,7 +140,7 @@ def _std_sem(s):
 
 for f in (_mean,_std,_within_std,_min,_max,_count,_nonfinite,_sem,_std_sem): setattr(ChannelStats, f.__name__[1:], _field(f))
 
-# %% ../nbs/00_stats.ipynb #9621aa00
+# %% ../nbs/00_stats.ipynb #9d608cb5
 @patch
 def __repr__(self:ChannelStats):
     c = len(self.mean)
@@ -135,7 +148,7 @@ def __repr__(self:ChannelStats):
     def row(k): return f'{k:<11}' + ''.join(f'{v:>11.4g}' for v in getattr(self, k)[:8].tolist()) + ' ...'*(c>8)
     return '\n'.join([f'ChannelStats: {len(self):,} images, {c} channels'] + [row(k) for k in rows if c])
 
-# %% ../nbs/00_stats.ipynb #35cf8afd
+# %% ../nbs/00_stats.ipynb #96543c51
 def _recentre(s, mean):
     "The state's sums about another `mean`"
     by = s['mean']-mean
@@ -155,7 +168,7 @@ def __add__(self:ChannelStats, o:ChannelStats):
     res['dev'],res['gram'] = (p+q for p,q in zip(_recentre(a, mean), _recentre(b, mean)))
     return ChannelStats(len(self)+len(o), dict(res, mean=mean, min=torch.minimum(a['min'], b['min']), max=torch.maximum(a['max'], b['max'])))
 
-# %% ../nbs/00_stats.ipynb #63d2c3ad
+# %% ../nbs/00_stats.ipynb #c8d659ad
 def _constants(s, mean, std):
     "`mean` and `std` as float64 tensors that fit the channels of `s`"
     res = [torch.as_tensor(o, dtype=torch.float64).flatten().to(s['mean'].device) for o in (mean,std)]
@@ -180,7 +193,7 @@ def inverse(self:ChannelStats, mean, std)->ChannelStats:
     m,sd = _constants(self._s, mean, std)
     return self.affine(-m/sd, 1/sd)
 
-# %% ../nbs/00_stats.ipynb #717cf8b9
+# %% ../nbs/00_stats.ipynb #2ce500b3
 @patch
 def to_dict(self:ChannelStats):
     "Plain data: all that is needed to read, merge and shift the statistics later"
@@ -211,7 +224,7 @@ def all_reduce(self:ChannelStats)->ChannelStats:
     dist.all_gather_object(parts, self.to_dict())
     return sum(map(ChannelStats.from_dict, parts), ChannelStats())
 
-# %% ../nbs/00_stats.ipynb #2fbbe3ef
+# %% ../nbs/00_stats.ipynb #cfe384da
 @patch
 def margin(self:ChannelStats,
     confidence:float=.95 # Probability that every channel's mean and std is within its margin
@@ -222,7 +235,7 @@ def margin(self:ChannelStats,
     t = torch.as_tensor(stdtrit((n-1).clamp(min=1).numpy(), 1-(1-confidence)/(4*max(1, len(n)))))
     return torch.stack([self.sem, self.std_sem])*t
 
-# %% ../nbs/00_stats.ipynb #ebbb38bd
+# %% ../nbs/00_stats.ipynb #5289da8a
 def _leaves(b):
     "All tensors and arrays in nested tuples, lists and dicts"
     if isinstance(b, (Tensor,np.ndarray)): return [b]
@@ -235,7 +248,7 @@ def _images(b):
     raise ValueError(f'data_stats found no images in a batch: expected a float or uint8 tensor [N,C,...], received {type(b).__name__} with '
                      f'{[(str(t.dtype), tuple(t.shape)) for t in _leaves(b)] or "no tensor"}. Make the images the first tensor of the batch.')
 
-# %% ../nbs/00_stats.ipynb #3c9dce26
+# %% ../nbs/00_stats.ipynb #85c58649
 def _histogram(f, mode):
     "Counts of each value, per channel, of the image file `f`; the error if it cannot be read"
     from PIL import Image
@@ -250,10 +263,10 @@ def _file_stats(files, mode, n_items, broken):
         while fs := list(islice(files, 64 if n_items is None else min(64, n_items-got))):
             hs = list(ex.map(lambda f: _histogram(f, mode), fs))
             broken += [(f,h) for f,h in zip(fs, hs) if isinstance(h, Exception)]
-            if hs := [h for h in hs if not isinstance(h, Exception)]: yield ChannelStats(len(hs), _state(*_hist_moments(torch.tensor(hs).view(len(hs), -1, 256))))
+            if hs := [h for h in hs if not isinstance(h, Exception)]: yield ChannelStats(len(hs), _state(*_hist_moments(np.array(hs).reshape(len(hs), -1, 256))))
             got += len(hs)
 
-# %% ../nbs/00_stats.ipynb #8266da2e
+# %% ../nbs/00_stats.ipynb #2da4d927
 def _fastai_batches(dl, idxs, raw):
     "Batches of the items `idxs`; with `raw` without random augmentation and `Normalize`"
     def keep(t): return not isinstance(t, Normalize) and getattr(t, 'split_idx', None)!=0
@@ -269,7 +282,7 @@ def _fastai_source(dl, order, raw):
     if known := dl.indexed and dl.n is not None: idxs = order(range(dl.n) if raw else list(dl.get_idxs()))
     return _fastai_batches(dl, idxs, raw),len(idxs)/(dl.bs or 1) if known else None,known and dl.bs is not None
 
-# %% ../nbs/00_stats.ipynb #2151edc3
+# %% ../nbs/00_stats.ipynb #6cd3dd4a
 def _torch_source(dl, order, partly):
     if not partly or isinstance(dl.dataset, IterableDataset) or (dl.batch_size is None and dl.batch_sampler is None) or type(dl).__iter__ is not TorchDL.__iter__:
         try: return (b for b in dl),len(dl),False
@@ -279,7 +292,7 @@ def _torch_source(dl, order, partly):
     kw = {k:getattr(dl, k) for k in 'num_workers collate_fn pin_memory timeout worker_init_fn multiprocessing_context prefetch_factor'.split()}
     return (b for b in TorchDL(dl.dataset, bs, sampler=idxs, **kw)),len(idxs)/bs,True
 
-# %% ../nbs/00_stats.ipynb #f60ce7f6
+# %% ../nbs/00_stats.ipynb #e5f87f01
 def _is_file(o): return isinstance(o, (str,Path))
 
 def _files(data):
@@ -304,7 +317,7 @@ def _source(data, order, partly, raw, mode, n_items, broken):
         'a Learner, a folder or list of image files, or an iterable of batches: for one batch pass `[batch]`.')
     return (b for b in data),len(data) if hasattr(data, '__len__') else None,False
 
-# %% ../nbs/00_stats.ipynb #4abec01d
+# %% ../nbs/00_stats.ipynb #842137ef
 _min_items,_look = 256,1.05
 _modes = 'L LA RGB RGBA CMYK YCbCr HSV LAB'.split()
 
@@ -325,7 +338,7 @@ def _say(broken, n, short, margin, tol, n_items):
     if short=='n_items': msgs.append(f'n_items={n_items} images were read before tol={tol} was reached: means and stds are known to within {margin:.3g}. Raise n_items, or leave it out.')
     if msgs: _warn(' '.join(msgs), DataStatsWarning)
 
-# %% ../nbs/00_stats.ipynb #d8577ed3
+# %% ../nbs/00_stats.ipynb #e99cbb04
 def data_stats(
     data, # `DataLoaders` (its training set), fastai's or PyTorch's `DataLoader`, `Learner`, image folder, list of image files, or iterable of batches
     n_items:int=None, # Read this many images, chosen at random (an iterable's first ones); None: all
