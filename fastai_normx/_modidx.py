@@ -98,7 +98,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fastai_normx.stats._check_args': ('stats.html#_check_args', 'fastai_normx/stats.py'),
                                     'fastai_normx.stats._constants': ('stats.html#_constants', 'fastai_normx/stats.py'),
                                     'fastai_normx.stats._count': ('stats.html#_count', 'fastai_normx/stats.py'),
-                                    'fastai_normx.stats._counts': ('stats.html#_counts', 'fastai_normx/stats.py'),
                                     'fastai_normx.stats._cpu_moments': ('stats.html#_cpu_moments', 'fastai_normx/stats.py'),
                                     'fastai_normx.stats._fastai_batches': ('stats.html#_fastai_batches', 'fastai_normx/stats.py'),
                                     'fastai_normx.stats._fastai_source': ('stats.html#_fastai_source', 'fastai_normx/stats.py'),

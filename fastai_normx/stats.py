@@ -50,43 +50,36 @@ def _moments(x):
     sq = (d-m[...,None]).where(ok, 0.).square_().sum(-1)
     return n,m,sq,d.where(ok, torch.inf).amin(-1),d.where(ok, -torch.inf).amax(-1),d.shape[-1]-n
 
-# %% ../nbs/00_stats.ipynb #99ffe0b9
+# %% ../nbs/00_stats.ipynb #b3b871c0
 def _cpu_moments(x):
     "`_moments` for a batch on the CPU"
     x = (x.float() if x.dtype==torch.bfloat16 else x).numpy()
-    n,is_float,res = max(1, 2**18//x[0].size),x.dtype.kind=='f',[]
-    buf = np.empty((min(n, len(x)), *x.shape[1:]))
-    for i in range(0, len(x), n):
-        q = np.ascontiguousarray(x[i:i+n])
-        d = buf[:len(q)]
-        np.copyto(d, q)
-        if not is_float: d /= 255
-        lo,hi = (o:=q if is_float and q.itemsize>2 else d).min(-1),o.max(-1)
-        p = d[...,:1].copy()
-        with np.errstate(invalid='ignore', over='ignore'): d -= p
-        s = np.einsum('ncp->nc', d)
-        m,same = s/d.shape[-1],np.ones_like(s)
-        res.append((same*d.shape[-1], p[...,0]+m, (np.einsum('ncp,ncp->nc', d, d)-s*m).clip(0), lo, hi, 0*same)
-                   if np.isfinite(s).all() else [o.numpy() for o in _moments(torch.from_numpy(q))])
-    return [torch.from_numpy(np.concatenate(o)).double() for o in zip(*res)]
-
-# %% ../nbs/00_stats.ipynb #5aca7327
-def _hist_moments(h):
-    "`_moments` from counts of the values 0 to 255, an array `[N,C,256]`"
-    v,n,seen = np.arange(256)/255,h.sum(-1),h>0
-    m = np.einsum('ncv,v->nc', h, v)/n
-    sq = np.einsum('ncv,ncv->nc', h, (v-m[...,None])**2)
-    return [torch.from_numpy(o).double() for o in (n, m, sq, seen.argmax(-1)/255, (255-seen[...,::-1].argmax(-1))/255, 0*n)]
-
-def _counts(x): return sum(torch.bincount(o, minlength=256) for o in x.split(2**15)).numpy() # shorter than what PyTorch gives to threads
+    u8,scaled,(N,C,P) = x.dtype==np.uint8,x.dtype.kind=='f',x.shape
+    runs = -(-P//256)
+    size,res = max(1, 2**10//(C*runs)),[]
+    def total(*bs): return np.einsum(','.join(['ncbk']*len(bs))+'->ncb', *bs).sum(-1, dtype=np.float64)
+    buf = np.zeros((min(size, N), C, runs, 256), np.float32 if u8 or scaled and x.itemsize<8 else np.float64)
+    for i in range(0, N, size):
+        q = x[i:i+size]
+        b = buf[:len(q)]
+        d = b.reshape(*q.shape[:2], -1)[...,:P] # a view: the rest of the buffer is padding
+        np.copyto(d, q, casting='same_kind')
+        if not (u8 or scaled): d /= 255
+        lo,hi = d.min(-1).astype(np.float64),d.max(-1).astype(np.float64)
+        with np.errstate(invalid='ignore', over='ignore'):
+            p = 0*lo if u8 else (total(b)/P).astype(b.dtype)
+            if not u8: d -= p[...,None]
+            s = total(b)/P
+            m,sq = np.where(lo==hi, lo, p+s),np.where(lo==hi, 0, total(b, b)-P*s*s).clip(0)
+        if u8: m,sq,lo,hi = m/255,sq/255**2,lo/255,hi/255
+        res.append((0*m+P, m, sq, lo, hi, 0*m) if np.isfinite(m+sq).all() else [o.numpy() for o in _moments(torch.from_numpy(q))])
+    return [torch.from_numpy(np.concatenate(o)) for o in zip(*res)]
 
 def _batch_moments(x):
-    "`_moments` of a batch, the fastest way"
-    if x.device.type!='cpu': return [torch.cat(o) for o in zip(*map(_moments, x.split(max(1, 2**25//x[0].numel()))))]
-    if x.dtype!=torch.uint8 or x.shape[-1]<48*48: return _cpu_moments(x)
-    return _hist_moments(np.stack([[_counts(c) for c in im] for im in x]))
+    if x.device.type=='cpu': return _cpu_moments(x)
+    return [torch.cat(o) for o in zip(*map(_moments, x.split(max(1, 2**25//x[0].numel()))))]
 
-# %% ../nbs/00_stats.ipynb #8a608d94
+# %% ../nbs/00_stats.ipynb #26acd2cc
 def _zeros(c):
     "The state of nothing, for `c` channels"
     z = torch.zeros(c, dtype=torch.float64)
@@ -98,10 +91,10 @@ def _state(n, m, sq, lo, hi, bad):
     mean = (n*m).sum(0)/N.clamp(min=1)
     own,d = sq/n.clamp(min=1),m-mean
     b = n*torch.stack([torch.ones_like(d), d, own+d*d])
-    return dict(mean=mean, pixels=N, dev=b[2].sum(0), gram=torch.einsum('inc,jnc->cij', b, b), min=lo.amin(0), max=hi.amax(0),
+    return dict(mean=mean, pixels=N, dev=b[2].sum(0), gram=(b[:,None]*b).sum(2).permute(2, 0, 1), min=lo.amin(0), max=hi.amax(0),
                 nonfinite=bad.sum(0), images=(n>0).sum(0).double(), within=own.sqrt().sum(0))
 
-# %% ../nbs/00_stats.ipynb #bfc94e96
+# %% ../nbs/00_stats.ipynb #6525ca61
 class ChannelStats:
     "Statistics of images' channels that add up: `ChannelStats.of(batch)`, then `+`"
     def __init__(self, items:int=0, state:dict=None): self._items,self._s = items,state or _zeros(0)
@@ -117,7 +110,7 @@ class ChannelStats:
         x = _pixels(x, dim)
         return cls(len(x), _state(*_batch_moments(x)) if x.numel() else _zeros(x.shape[1]))
 
-# %% ../nbs/00_stats.ipynb #ffc1b70a
+# %% ../nbs/00_stats.ipynb #1a2d173d
 def _field(f):
     "A read-only property, computed from the state and brought to the CPU"
     return property(lambda self: f(self._s).cpu(), doc=f.__doc__)
@@ -140,7 +133,7 @@ def _std_sem(s):
 
 for f in (_mean,_std,_within_std,_min,_max,_count,_nonfinite,_sem,_std_sem): setattr(ChannelStats, f.__name__[1:], _field(f))
 
-# %% ../nbs/00_stats.ipynb #9d608cb5
+# %% ../nbs/00_stats.ipynb #9621aa00
 @patch
 def __repr__(self:ChannelStats):
     c = len(self.mean)
@@ -148,7 +141,7 @@ def __repr__(self:ChannelStats):
     def row(k): return f'{k:<11}' + ''.join(f'{v:>11.4g}' for v in getattr(self, k)[:8].tolist()) + ' ...'*(c>8)
     return '\n'.join([f'ChannelStats: {len(self):,} images, {c} channels'] + [row(k) for k in rows if c])
 
-# %% ../nbs/00_stats.ipynb #96543c51
+# %% ../nbs/00_stats.ipynb #35cf8afd
 def _recentre(s, mean):
     "The state's sums about another `mean`"
     by = s['mean']-mean
@@ -168,7 +161,7 @@ def __add__(self:ChannelStats, o:ChannelStats):
     res['dev'],res['gram'] = (p+q for p,q in zip(_recentre(a, mean), _recentre(b, mean)))
     return ChannelStats(len(self)+len(o), dict(res, mean=mean, min=torch.minimum(a['min'], b['min']), max=torch.maximum(a['max'], b['max'])))
 
-# %% ../nbs/00_stats.ipynb #c8d659ad
+# %% ../nbs/00_stats.ipynb #63d2c3ad
 def _constants(s, mean, std):
     "`mean` and `std` as float64 tensors that fit the channels of `s`"
     res = [torch.as_tensor(o, dtype=torch.float64).flatten().to(s['mean'].device) for o in (mean,std)]
@@ -193,7 +186,7 @@ def inverse(self:ChannelStats, mean, std)->ChannelStats:
     m,sd = _constants(self._s, mean, std)
     return self.affine(-m/sd, 1/sd)
 
-# %% ../nbs/00_stats.ipynb #2ce500b3
+# %% ../nbs/00_stats.ipynb #717cf8b9
 @patch
 def to_dict(self:ChannelStats):
     "Plain data: all that is needed to read, merge and shift the statistics later"
@@ -224,7 +217,7 @@ def all_reduce(self:ChannelStats)->ChannelStats:
     dist.all_gather_object(parts, self.to_dict())
     return sum(map(ChannelStats.from_dict, parts), ChannelStats())
 
-# %% ../nbs/00_stats.ipynb #cfe384da
+# %% ../nbs/00_stats.ipynb #2fbbe3ef
 @patch
 def margin(self:ChannelStats,
     confidence:float=.95 # Probability that every channel's mean and std is within its margin
@@ -235,7 +228,7 @@ def margin(self:ChannelStats,
     t = torch.as_tensor(stdtrit((n-1).clamp(min=1).numpy(), 1-(1-confidence)/(4*max(1, len(n)))))
     return torch.stack([self.sem, self.std_sem])*t
 
-# %% ../nbs/00_stats.ipynb #5289da8a
+# %% ../nbs/00_stats.ipynb #ebbb38bd
 def _leaves(b):
     "All tensors and arrays in nested tuples, lists and dicts"
     if isinstance(b, (Tensor,np.ndarray)): return [b]
@@ -248,7 +241,14 @@ def _images(b):
     raise ValueError(f'data_stats found no images in a batch: expected a float or uint8 tensor [N,C,...], received {type(b).__name__} with '
                      f'{[(str(t.dtype), tuple(t.shape)) for t in _leaves(b)] or "no tensor"}. Make the images the first tensor of the batch.')
 
-# %% ../nbs/00_stats.ipynb #85c58649
+# %% ../nbs/00_stats.ipynb #6473dc09
+def _hist_moments(h):
+    "`_moments` from counts of the values 0 to 255, an array `[N,C,256]`"
+    v,n,seen = np.arange(256)/255,h.sum(-1),h>0
+    m = np.einsum('ncv,v->nc', h, v)/n
+    sq = np.einsum('ncv,ncv->nc', h, (v-m[...,None])**2)
+    return [torch.from_numpy(o).double() for o in (n, m, sq, seen.argmax(-1)/255, (255-seen[...,::-1].argmax(-1))/255, 0*n)]
+
 def _histogram(f, mode):
     "Counts of each value, per channel, of the image file `f`; the error if it cannot be read"
     from PIL import Image
@@ -266,7 +266,7 @@ def _file_stats(files, mode, n_items, broken):
             if hs := [h for h in hs if not isinstance(h, Exception)]: yield ChannelStats(len(hs), _state(*_hist_moments(np.array(hs).reshape(len(hs), -1, 256))))
             got += len(hs)
 
-# %% ../nbs/00_stats.ipynb #2da4d927
+# %% ../nbs/00_stats.ipynb #8266da2e
 def _fastai_batches(dl, idxs, raw):
     "Batches of the items `idxs`; with `raw` without random augmentation and `Normalize`"
     def keep(t): return not isinstance(t, Normalize) and getattr(t, 'split_idx', None)!=0
@@ -282,7 +282,7 @@ def _fastai_source(dl, order, raw):
     if known := dl.indexed and dl.n is not None: idxs = order(range(dl.n) if raw else list(dl.get_idxs()))
     return _fastai_batches(dl, idxs, raw),len(idxs)/(dl.bs or 1) if known else None,known and dl.bs is not None
 
-# %% ../nbs/00_stats.ipynb #6cd3dd4a
+# %% ../nbs/00_stats.ipynb #2151edc3
 def _torch_source(dl, order, partly):
     if not partly or isinstance(dl.dataset, IterableDataset) or (dl.batch_size is None and dl.batch_sampler is None) or type(dl).__iter__ is not TorchDL.__iter__:
         try: return (b for b in dl),len(dl),False
@@ -292,7 +292,7 @@ def _torch_source(dl, order, partly):
     kw = {k:getattr(dl, k) for k in 'num_workers collate_fn pin_memory timeout worker_init_fn multiprocessing_context prefetch_factor'.split()}
     return (b for b in TorchDL(dl.dataset, bs, sampler=idxs, **kw)),len(idxs)/bs,True
 
-# %% ../nbs/00_stats.ipynb #e5f87f01
+# %% ../nbs/00_stats.ipynb #f60ce7f6
 def _is_file(o): return isinstance(o, (str,Path))
 
 def _files(data):
@@ -317,7 +317,7 @@ def _source(data, order, partly, raw, mode, n_items, broken):
         'a Learner, a folder or list of image files, or an iterable of batches: for one batch pass `[batch]`.')
     return (b for b in data),len(data) if hasattr(data, '__len__') else None,False
 
-# %% ../nbs/00_stats.ipynb #842137ef
+# %% ../nbs/00_stats.ipynb #4abec01d
 _min_items,_look = 256,1.05
 _modes = 'L LA RGB RGBA CMYK YCbCr HSV LAB'.split()
 
@@ -338,7 +338,7 @@ def _say(broken, n, short, margin, tol, n_items):
     if short=='n_items': msgs.append(f'n_items={n_items} images were read before tol={tol} was reached: means and stds are known to within {margin:.3g}. Raise n_items, or leave it out.')
     if msgs: _warn(' '.join(msgs), DataStatsWarning)
 
-# %% ../nbs/00_stats.ipynb #e99cbb04
+# %% ../nbs/00_stats.ipynb #d8577ed3
 def data_stats(
     data, # `DataLoaders` (its training set), fastai's or PyTorch's `DataLoader`, `Learner`, image folder, list of image files, or iterable of batches
     n_items:int=None, # Read this many images, chosen at random (an iterable's first ones); None: all

@@ -33,7 +33,7 @@ def expected(images):
     return res
 
 
-def check(stats, images, rtol=1e-9, only=fields):
+def check(stats, images, rtol=1e-6, only=fields):  # float32 pixels are summed in float32, 256 at a time
     assert len(stats) == len(images)
     spread = max(1e-12, float(np.nanmax(np.abs(np.nan_to_num(expected(images)['max'], nan=0)))))
     for f in only: np.testing.assert_allclose(getattr(stats, f).numpy(), expected(images)[f], rtol=rtol, atol=max(rtol, 1e-7*(f == 'std_sem'))*spread, err_msg=f)  # std_sem: root of a difference
@@ -53,6 +53,7 @@ def make(rng, shape, dtype, offset=0.):
     return torch.tensor(rng.normal(rng.normal(0, 1, (shape[0], shape[1], *[1]*(len(shape)-2))), .5, shape)+offset).to(dtype)
 
 
+def tight(x): return 1e-9 if x.dtype in (torch.uint8, torch.float64) else 1e-6
 def exact(x): return list(x.double().numpy()/(255 if x.dtype == torch.uint8 else 1))
 
 
@@ -62,7 +63,7 @@ def exact(x): return list(x.double().numpy()/(255 if x.dtype == torch.uint8 else
 @settings(max_examples=80, deadline=None)
 def test_any_dtype_and_shape(b):
     x = make(*b)
-    check(ChannelStats.of(x), exact(x))
+    check(ChannelStats.of(x), exact(x), tight(x))
 
 
 @given(batches, st.integers(1, 4))
@@ -80,7 +81,7 @@ def test_any_channel_axis_and_stride(b, dim):
 @pytest.mark.parametrize('dtype', [torch.uint8, torch.float32])
 def test_larger_images_and_channels_last(dtype):
     x = make(np.random.default_rng(0), (5, 3, 70, 65), dtype)
-    for o in (x, x.to(memory_format=torch.channels_last), x.flip(2)[:, :, ::1]): check(ChannelStats.of(o), exact(x))
+    for o in (x, x.to(memory_format=torch.channels_last), x.flip(2)[:, :, ::1]): check(ChannelStats.of(o), exact(x), tight(x))
     before = x.clone()
     ChannelStats.of(x)
     assert torch.equal(x, before)
@@ -98,6 +99,12 @@ def test_fp16_sums_do_not_overflow_and_large_offsets_keep_precision():
     assert ChannelStats.of(x).mean.item() == 60000 and ChannelStats.of(x).std.item() == 0
     y = make(np.random.default_rng(0), (6, 2, 50, 50), torch.float64, offset=1e6)
     check(ChannelStats.of(y), exact(y), rtol=1e-6)
+    z = y.float()
+    np.testing.assert_allclose(ChannelStats.of(z).std, z.double().numpy().std((0, 2, 3)), rtol=1e-5)
+    c = torch.full((3, 1, 37, 41), .1)
+    assert ChannelStats.of(c).std.item() == 0 and ChannelStats.of(c).mean.item() == c[0, 0, 0, 0].item()
+    big = torch.tensor([1e30, -1e30]).view(1, 1, 1, 2)
+    assert ChannelStats.of(big).std.item() == pytest.approx(1e30) and ChannelStats.of(big).nonfinite.item() == 0
     np.testing.assert_allclose(ChannelStats.of(y).std, y.numpy().std((0, 2, 3)), rtol=1e-9)
 
 
@@ -107,7 +114,7 @@ def test_nonfinite_pixels_are_counted_and_left_out(b, share, value, seed):
     x = make(b[0], b[1], torch.float32)
     x[torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)) < share] = value
     a, b = ChannelStats.of(x[:1]), ChannelStats.of(x[1:])
-    check(ChannelStats.of(x), exact(x))
+    check(ChannelStats.of(x), exact(x), tight(x))
     check(a+b, exact(x))
     assert ChannelStats.from_json((a+b).to_json()) == a+b
 
@@ -143,12 +150,12 @@ def test_any_split_and_order(b, cuts, rnd):
     rnd.shuffle(idx)
     bounds = sorted({0, len(x), *(c for c in cuts if c < len(x))})
     parts = [ChannelStats.of(x[idx[i:j]]) for i, j in zip(bounds, bounds[1:])]
-    check(sum(parts, ChannelStats()), exact(x))
+    check(sum(parts, ChannelStats()), exact(x), tight(x))
     rnd.shuffle(parts)
     left = parts[0]
     right = sum(parts[1:], ChannelStats())
-    check(left+right, exact(x))
-    check(right+left, exact(x))
+    check(left+right, exact(x), tight(x))
+    check(right+left, exact(x), tight(x))
 
 
 @given(st.integers(0, 10**6), st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6))
@@ -256,7 +263,7 @@ def chw(ims): return [im.transpose(2, 0, 1)/255 for im in ims]
 def test_folder_and_file_list(folder):
     path, ims = folder
     files = sorted(path.rglob('*.png'), key=lambda p: p.name)
-    for src in (path, str(path), files, [str(f) for f in files], tuple(files)): check(data_stats(src, progress=False), chw(ims))
+    for src in (path, str(path), files, [str(f) for f in files], tuple(files)): check(data_stats(src, progress=False), chw(ims), 1e-9)
     check(data_stats(files[3], progress=False), chw(ims[3:4]))
     grey = [np.asarray(Image.fromarray(im).convert('L'))[None]/255 for im in ims]
     check(data_stats(path, mode='L', progress=False), grey)
