@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DataStatsWarning', 'ChannelStats', 'data_stats']
 
-# %% ../nbs/00_stats.ipynb #19922cb3
+# %% ../nbs/00_stats.ipynb #fde9ee19
 import json,math
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing,nullcontext
@@ -50,7 +50,7 @@ def _moments(x):
     sq = (d-m[...,None]).where(ok, 0.).square_().sum(-1)
     return n,m,sq,d.where(ok, torch.inf).amin(-1),d.where(ok, -torch.inf).amax(-1),d.shape[-1]-n
 
-# %% ../nbs/00_stats.ipynb #b3b871c0
+# %% ../nbs/00_stats.ipynb #80922563
 def _cpu_moments(x):
     "`_moments` for a batch on the CPU"
     x = (x.float() if x.dtype==torch.bfloat16 else x).numpy()
@@ -65,7 +65,7 @@ def _cpu_moments(x):
         d = b.reshape(*q.shape[:2], -1)[...,:P] # a view: the rest of the buffer is padding
         np.copyto(d, q, casting='same_kind')
         if not (u8 or scaled): d /= 255
-        lo,hi = d.min(-1).astype(np.float64),d.max(-1).astype(np.float64)
+        lo,hi = (f(q if u8 and q.flags.c_contiguous else d, -1).astype(np.float64) for f in (np.min,np.max))
         with np.errstate(invalid='ignore', over='ignore'):
             p = 0*lo if u8 else (total(b)/P).astype(b.dtype)
             if not u8: d -= p[...,None]
