@@ -1,2 +1,3 @@
+from .stats import *
 from .expected import *
 from .normalize import *

@@ -7,13 +7,11 @@ Docs: https://fastai.github.io/fastai_normx/normalize.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/02_normalize.ipynb #48ae3fa2
+# %% ../nbs/02_normalize.ipynb #7eefb589
 import dataclasses
-from contextlib import nullcontext
 from itertools import chain
 
 import torch
-from torch import Tensor
 from torchvision import models as M
 from fastcore.basics import patch
 from fasttransform import Pipeline,Transform
@@ -21,6 +19,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.torch_core import TensorImage
+from .stats import data_stats
 from .expected import NormStats,expected_stats,_compose,_converts_input,_imagenet_ref,_lib,_resolve,_warn
 
 # %% ../nbs/02_normalize.ipynb #2052f5cc
@@ -92,40 +91,23 @@ def normalize_for(self:DataLoaders,
         dl.after_batch.normalize = nrm
     return self
 
-# %% ../nbs/02_normalize.ipynb #12669af1
-def _raw_batches(data):
-    "Input batches of `data`, before any `Normalize`, without random augmentation"
-    dl = getattr(data, 'train', data)
-    if not isinstance(getattr(dl, 'after_batch', None), Pipeline): yield from (_flat(b)[0] for b in dl); return
-    dl = dl.new(shuffle=False, drop_last=False, after_batch=dl.after_batch.fs.filter(lambda t: not isinstance(t, Normalize)))
-    with getattr(dl.dataset, 'set_split_idx', lambda i: nullcontext())(1):
-        for b in dl: yield _flat(b)[0]
-
-def _pixel_stats(data, dim=1):
-    "Mean and std over all pixels of all images, per channel, and the number of images"
-    n,n_im,s,s2 = 0,0,0.,0.
-    for x in _raw_batches(data):
-        if not isinstance(x, Tensor): raise ValueError(f'The first item of a batch should be a tensor of images, received {type(x).__name__}')
-        n_im,x = n_im+len(x),torch.Tensor(x.detach()).double().transpose(0,dim).flatten(1)/(1 if x.is_floating_point() else 255)
-        n,s,s2 = n+x.shape[1],s+x.sum(1),s2+(x*x).sum(1)
-    if not n: raise ValueError('There are no images to compute statistics from')
-    m = s/n
-    return m,(s2/n-m*m).clamp(min=0).sqrt(),n_im
-
-# %% ../nbs/02_normalize.ipynb #2521a950
+# %% ../nbs/02_normalize.ipynb #4efbd427
 @patch(cls_method=True)
 def from_data(cls:Normalize,
-    data, # `DataLoaders` (its training set), a `DataLoader`, or an iterable of batches: float in [0,1], or integers in 0-255
+    data, # What `data_stats` reads: `DataLoaders` (its training set), a loader, a `Learner`, image files, or an iterable of batches
     dim:int=1, # Axis of the channels in a batch
     ndim:int=4, # Number of axes of a batch: 4 for images, 5 for video
-    cuda:bool=True # Put the constants on the default device?
+    cuda:bool=True, # Put the constants on the default device?
+    *, n_items:int=None, # Read this many images; None: all, or as many as `tol` needs
+    tol:float=None # Stop when mean and std are known to within this, in pixel units; None: read all
 )->Normalize: # fastai's own class; `norm_stats` holds the constants and how many images they come from
     "A `Normalize` with the mean and std of the data's own pixels"
-    m,s,n = _pixel_stats(data, dim)
-    m,s = m.tolist(),s.tolist()
-    if min(m)<0 or max(m)>1: _warn(f'from_data found channel means {[round(o,3) for o in m]}, and pixels scaled to [0,1] have means in [0,1]. '
-                                   'If the data are normalized already, or in 0-255 as floats, the constants are for that scale.')
-    return _with_stats(cls, NormStats(m, s, f'the data, {n} images', m, s), dim, ndim, cuda)
+    s = data_stats(data, n_items, tol, dim=dim)
+    if s.min.min()<0 or s.max.max()>1: _warn(f'from_data found pixels from {s.min.min():.4g} to {s.max.max():.4g}, outside [0,1]: '
+        'the data are normalized already, or floats in 0-255. The constants are for that scale.')
+    if bad := int(s.nonfinite.sum()): _warn(f'from_data found {bad} pixels that are NaN or infinite, and left them out')
+    m,sd = s.mean.tolist(),s.std.tolist()
+    return _with_stats(cls, NormStats(m, sd, f'the data, {len(s)} images', m, sd), dim, ndim, cuda)
 
 # %% ../nbs/02_normalize.ipynb #58a754c9
 @expected_stats.register

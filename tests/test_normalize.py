@@ -257,11 +257,24 @@ def test_from_data_sources(c):
     assert np.allclose(Normalize.from_data([v], dim=2, ndim=5).norm_stats['mean'], v.double().mean((0, 1, 3, 4)), atol=1e-6)
 
 
-def test_from_data_bad_input():
-    with pytest.raises(ValueError, match='no images'): Normalize.from_data([])
-    with pytest.raises(ValueError, match='received str'): Normalize.from_data(['a.png'])
+def test_from_data_bad_input(tmp_path):
+    with pytest.raises(ValueError, match='data are empty'): Normalize.from_data([])
+    with pytest.raises(ValueError, match='could read none of the 1 image files'): Normalize.from_data([tmp_path/'a.png'])
     with pytest.raises(ValueError, match='finite'): Normalize.from_data([torch.full((2, 3, 4, 4), float('nan'))])
-    with pytest.warns(ExpectedStatsWarning, match='normalized already'): Normalize.from_data([torch.randn(2, 3, 8, 8) - 1])
+    with pytest.raises(ValueError, match='greater than 0'): Normalize.from_data([torch.zeros(2, 3, 8, 8)])
+    with pytest.warns(ExpectedStatsWarning, match='normalized already'): Normalize.from_data([torch.randn(2, 3, 8, 8)])
+    x = torch.rand(2, 3, 8, 8)
+    x[0, 0, 0, 0] = float('inf')
+    with pytest.warns(ExpectedStatsWarning, match='1 pixels that are NaN or infinite'): Normalize.from_data([x])
+
+
+def test_from_data_of_a_learner_files_and_part(photo_dls, tmp_path):
+    dls = photo_dls(Normalize.from_stats([.1]*3, [.9]*3))
+    whole = Normalize.from_data(dls).norm_stats
+    assert Normalize.from_data(Learner(dls, M.resnet18(), loss_func=noop)).norm_stats == whole
+    assert '9 images' in Normalize.from_data(dls, n_items=9).norm_stats['source']
+    for i in range(len(dls.train_ds)): dls.train_ds[i][0].save(tmp_path/f'{i}.png')
+    assert np.allclose(Normalize.from_data(tmp_path).norm_stats['mean'], whole['mean'], atol=1e-9)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
