@@ -54,11 +54,11 @@ def normx_expected(
         for r in bad: print(f"\n{r['error']}", file=sys.stderr)
     return int(bool(bad))
 
-# %% ../nbs/05_cli.ipynb #85d5b09f
+# %% ../nbs/05_cli.ipynb #70e9f331
 _photos = dict(astronaut='astronaut', chelsea='cat', coffee='coffee', rocket='rocket', retina='retina', immunohistochemistry='tissue',
                hubble_deep_field='galaxies', brick='brick', grass='grass', gravel='gravel')
 
-def _tiles(size=80, n_train=40, n_valid=16, seed=42):
+def _tiles(size=64, n_train=40, n_valid=16, seed=42):
     "`(tile, label, is_valid)` from twelve photographs: uint8 arrays `[size,size,3]`"
     import numpy as np
     from sklearn.datasets import load_sample_images
@@ -106,11 +106,11 @@ def _accuracies(learn):
             accs[k] = learn.validate()[1]
     return accs
 
-# %% ../nbs/05_cli.ipynb #f3ec08be
+# %% ../nbs/05_cli.ipynb #00d0eb3d
 @call_parse
 def normx_demo(
     path:str='normx_demo', # Folder for the pictures
-    epochs:int=2 # Epochs of `fine_tune` after the frozen one
+    epochs:int=3 # Epochs of `fine_tune` after the frozen one
 ):
     "Fine-tune real ImageNet weights on real photographs with `Normalize.from_pretrained`"
     warnings.filterwarnings('ignore', category=FutureWarning)
@@ -127,7 +127,7 @@ def normx_demo(
     print(f'Data:      {len(learn.dls.train_ds)} training and {len(learn.dls.valid_ds)} validation tiles of {len(learn.dls.vocab)} photographs\nTraining:  1 epoch with the body frozen, then {epochs} of all of it', flush=True)
     learn.dls.show_batch(max_n=12, nrows=3, figsize=(8,6)); save('batch.png')
     learn.logger = lambda o: print('           train loss {1:.3f}, valid loss {2:.3f}, accuracy {3:.1%}, {4}'.format(*o), flush=True)
-    with nullcontext() if sys.stdout.isatty() else learn.no_bar(): learn.fine_tune(epochs)
+    with nullcontext() if sys.stdout.isatty() else learn.no_bar(): learn.fine_tune(epochs, 3e-3)
     with learn.no_bar(): acc = learn.validate()[1]
     print(f'\nAccuracy:  {acc:.1%}, with the constants the backbone expects\n\nThe same model, validated with')
     accs = _accuracies(learn)
