@@ -213,7 +213,7 @@ def test_a_config_may_lean_on_its_class(monkeypatch):
     assert expected_stats(dict(image_processor_type='CLIPImageProcessor')).mean == E._clip[0]
     old = dict(feature_extractor_type='ViTFeatureExtractor', do_normalize=True, image_mean=[.1, .2, .3], image_std=[.4, .4, .4])
     assert np.allclose(tuple(expected_stats(old)), ((.1, .2, .3), (.4, .4, .4)))
-    with pytest.raises(ValueError, match='does not accept this config'): expected_stats(dict(image_processor_type='TimmWrapperImageProcessor'))
+    with pytest.raises(ValueError, match='does not accept this config|does not have'): expected_stats(dict(image_processor_type='TimmWrapperImageProcessor'))
     with pytest.raises(ValueError, match='defaults of MyOwnProcessor, which transformers'): expected_stats(dict(image_processor_type='MyOwnProcessor'))
     monkeypatch.setitem(sys.modules, 'transformers', None)
     with pytest.raises(ImportError, match=re.escape("pip install 'fastai_normx[transformers]'")): expected_stats(dict(image_processor_type='CLIPImageProcessor'))
@@ -394,7 +394,7 @@ def test_models_that_cannot_say():
 
 def test_channels_come_from_the_model():
     assert expected_stats(timm.create_model('resnet18', in_chans=1)).n_in == 1
-    with torch.device('meta'): assert expected_stats(timm.create_model('tresnet_m')).n_in == 3  # its first convolution has 48
+    assert expected_stats(timm.create_model('tresnet_m')).n_in == 3  # its first convolution has 48
     with pytest.raises(ValueError, match='must come from you'): expected_stats(timm.create_model('resnet18', in_chans=4))
     assert expected_stats(timm.create_model('resnet18', in_chans=4), extra=(.3, .2)).mean[3] == .3
     assert expected_stats(nn.ModuleList([nn.Conv2d(1, 8, 1), timm.create_model('resnet18')])).n_in == 3
