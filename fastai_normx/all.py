@@ -1,2 +1,3 @@
 from .expected import *
 from .normalize import *
+from .match import *

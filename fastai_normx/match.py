@@ -33,7 +33,20 @@ class InferredStats:
     def __iter__(self): return iter((self.mean, self.std))
     def __repr__(self): return f'InferredStats(mean={_short(self.mean)}, std={_short(self.std)}, confidence={self.confidence:.2f}, source={self.source!r})'
 
-# %% ../nbs/03_match.ipynb #dd1ca696
+# %% ../nbs/03_match.ipynb #b7ad4182
+def _end(x, f):
+    "`f`, which is amin or amax, of each channel of `[C,N,...]`; if channels lie side by side in memory, along N first"
+    if x.stride(0)>1: return f(x, tuple(range(1, x.ndim)))
+    return f(f(x.movedim(0, -1), 0).flatten(0, -2), 0)
+
+# %% ../nbs/03_match.ipynb #4f9ca2c6
+def _ends(x):
+    "Least and greatest finite value of each channel"
+    lo,hi = _end(x, torch.amin),_end(x, torch.amax)
+    if (lo.isfinite()&hi.isfinite()).all(): return lo,hi
+    return [_end(x.nan_to_num(v, v, v), f) for v,f in ((math.inf,torch.amin),(-math.inf,torch.amax))]
+
+# %% ../nbs/03_match.ipynb #83f48e70
 def _sample(x, dim, n=32768):
     "About `n` values of each channel, from all over the batch, and each channel's extremes: float64 arrays `[C,n]`, `[C]`, `[C]`"
     x = x.movedim(dim, 0)
@@ -42,21 +55,16 @@ def _sample(x, dim, n=32768):
     step = -(-size//n)
     while math.gcd(step, size)>1: step += 1
     idx = torch.unravel_index(torch.arange(0, size, step, device=x.device), x.shape[1:])
-    axes = tuple(range(1, x.ndim))
-    lo,hi = x.amin(axes),x.amax(axes)
-    if not (lo.isfinite()&hi.isfinite()).all():
-        ok = x.isfinite()
-        lo,hi = torch.where(ok, x, math.inf).amin(axes),torch.where(ok, x, -math.inf).amax(axes)
-    return [o.cpu().double().numpy() for o in (x[(slice(None),*idx)], lo, hi)]
+    return [o.cpu().double().numpy() for o in (x[(slice(None),*idx)], *_ends(x))]
 
-# %% ../nbs/03_match.ipynb #8cc875a3
+# %% ../nbs/03_match.ipynb #4d1fdb74
 def _ulp(u):
     "Spacing of the floats around each of `u`, as coarse as bfloat16, float16, float32 or float64, whichever holds them all"
     m,e = np.frexp(u)
     bits = next((b for b in (8,11,24) if (np.ldexp(m, b)%1==0).all()), 53)
     return np.ldexp(1., e-bits),bits
 
-# %% ../nbs/03_match.ipynb #3431af3c
+# %% ../nbs/03_match.ipynb #9bf76404
 @dataclass
 class _Lattice:
     "The values of one channel: `y + h*(j-c)` for whole `j` from 0 to `n`"
@@ -69,7 +77,7 @@ class _Lattice:
     @property
     def start(self): "The lowest value on the lattice"; return self.y-self.c*self.h
 
-# %% ../nbs/03_match.ipynb #353c0ee1
+# %% ../nbs/03_match.ipynb #79970cd4
 def _on_grid(u, ulp, y, h, lim):
     "For each spacing in `h`: the share of `u` within `lim` of a step from `y`, their rms distance, and how many values can tell"
     off = (u[:,None]-y)/h
@@ -82,7 +90,7 @@ def _clear(good, rms):
     best = good[rms[good].argmin()]
     if not any((g+1)%(best+1) and rms[g]<2*rms[best] for g in good): return best
 
-# %% ../nbs/03_match.ipynb #fab88314
+# %% ../nbs/03_match.ipynb #ee654c5e
 def _steps(u, ulp, noise, tol=None):
     "Spacing and first value of a lattice of at most 256 levels for all of `u`, or at least nine in ten; or None"
     tight,steps = tol is None,np.arange(1, 256)
@@ -97,7 +105,7 @@ def _steps(u, ulp, noise, tol=None):
             good = np.flatnonzero(ok&(part>=least)&(n>=k))
             if len(good) and (g := good[0] if tight else _clear(good, rms)) is not None: return h[g],u[a]
 
-# %% ../nbs/03_match.ipynb #ef7f164a
+# %% ../nbs/03_match.ipynb #97f07c8b
 def _line(u, ulp, fit, h, y, tol):
     "Least squares of `u ~ y + h*j` over the `j` nearest: first for the values in `fit`, then for all that lie on it"
     for _ in range(3):
@@ -109,7 +117,7 @@ def _line(u, ulp, fit, h, y, tol):
         y,last,fit = m-h*c,fit,True
     return m, c, h, last
 
-# %% ../nbs/03_match.ipynb #c1c3d5e1
+# %% ../nbs/03_match.ipynb #e9182303
 def _refine(u, cnt, ulp, few, h, y, noise, tol):
     "The lattice near `y + h*j`, or None if it has more than 256 levels or holds too few of the values"
     tight,tol = tol is None,tol or 1e-4+noise/h
@@ -130,7 +138,7 @@ def _refine(u, cnt, ulp, few, h, y, noise, tol):
     noise = max(np.sqrt((off[fit]**2).mean()), noise/8/h, 1e-6)
     return _Lattice(float(m), float(c-a), float(h), int(b-a), float(noise), tight and len(np.unique(np.rint(j[fit])))>=8, float(share))
 
-# %% ../nbs/03_match.ipynb #da3dc825
+# %% ../nbs/03_match.ipynb #05e0111a
 def _lattice(v, lo, hi):
     "The lattice of the values `v` of one channel, whose extremes are `lo` and `hi`, or None"
     v = np.append(v[np.isfinite(v)], [lo,hi])
@@ -148,12 +156,12 @@ def _lattice(v, lo, hi):
             f = few[abs(u[few])<=t*top]
             if len(f)>1 and (hy := _steps(u[f], ulp[f], noise, tol)): return _refine(u, cnt, ulp, f, *hy, noise, tol)
 
-# %% ../nbs/03_match.ipynb #384f9b52
+# %% ../nbs/03_match.ipynb #26f2fe7a
 _known = {'pixels in [0,1]':((0,)*3, (1,)*3), '0.5/0.5':((.5,)*3, (.5,)*3), 'ImageNet':((.485,.456,.406), (.229,.224,.225)),
     'CLIP':((.48145466,.4578275,.40821073), (.26862954,.26130258,.27577711)), 'DPN':((124/255,117/255,104/255), (1/(.0167*255),)*3),
     'satellite':((.43,.411,.296), (.213,.156,.143))}
 
-# %% ../nbs/03_match.ipynb #82a8070f
+# %% ../nbs/03_match.ipynb #0082a5e7
 def _variants():
     "`{name: (means, stds)}` of the known constants for RGB, on wrong scales, and one after the other"
     res = dict(_known)
@@ -163,7 +171,7 @@ def _variants():
     pairs = [k for k in _known if 'pixels' not in k]
     return res | {f'{k}, then {l}':_compose(_known[k], _known[l]) for k in pairs for l in pairs}
 
-# %% ../nbs/03_match.ipynb #41962b62
+# %% ../nbs/03_match.ipynb #323a7f11
 def _orders(name, n, same):
     "`(name, channels)`: which of three constants `n` channels may use"
     if n>1: return (name, [c%3 for c in range(n)]),(f'{name} (BGR)', [2-c%3 for c in range(n)])
@@ -179,7 +187,7 @@ def _families(n):
         if n==1 and not same: res.setdefault(tuple((sum(w*v for w,v in zip(grey, o)),) for o in (m,s)), f'{k} (grey)')
     return res
 
-# %% ../nbs/03_match.ipynb #dfd4f9c5
+# %% ../nbs/03_match.ipynb #77b0fc9c
 def _tols(l, m=0, g=1):
     "How far std (relative) and pixel level may be from known constants, given the noise of the lattice `l`"
     return min(5e-4, 4*l.noise/l.n+1e-6), min(.1, 4*l.noise*g+1e-4+1e-4*abs(m))
@@ -191,22 +199,22 @@ def _fits(l, m, s):
     tol_s,tol_k = _tols(l, m, g)
     if abs(255*l.h*s/g-1)<=tol_s and abs(k-round(k))<=tol_k and 0<=round(k)<=255-g*l.n: return round(k),g
 
-# %% ../nbs/03_match.ipynb #4d778bb8
+# %% ../nbs/03_match.ipynb #74fc130e
 @lru_cache
 def _plain():
     "Known `(mean, std)` with one std for every channel: numbers so round that others can imitate them"
     return {o for m,s in _families(3) if len(set(s))==1 for o in zip(m, s)}
 
-# %% ../nbs/03_match.ipynb #31985044
+# %% ../nbs/03_match.ipynb #a9fc0829
 def _trust(ls, fits, ms, ss):
     "Confidence in each channel of known constants that fit the lattices `ls`"
-    if all(p in _plain() for p in zip(ms, ss)):
+    if len(ms)==1 or all(p in _plain() for p in zip(ms, ss)):
         ends = [f[0]==0 and m>0 or f[0]+f[1]*l.n==255 for l,f,m in zip(ls, fits, ms)]  # a black that is 0 could be padding
         return [.5 if l.n<32 else .7 if l.n<128 else .97 if e else .92 if any(ends) else .75 for l,e in zip(ls, ends)]
     luck = len(_families(len(ms)))*math.prod(min(1, 255//l.n*4*math.prod(_tols(l, 0, f[1]))) for l,f in zip(ls, fits))
     return [.99/(1+100*luck)]*len(ls)
 
-# %% ../nbs/03_match.ipynb #29c536ae
+# %% ../nbs/03_match.ipynb #c59bdfb2
 def _settle(ls):
     "`(name, means, stds, confidences)` of the known constants that fit all of the lattices `ls`, or None"
     on,found = [i for i,l in enumerate(ls) if l],[]
@@ -218,7 +226,7 @@ def _settle(ls):
     conf = dict(zip(on, _trust([ls[i] for i in on], fits, [ms[i] for i in on], [ss[i] for i in on])))
     return name, ms, ss, [conf.get(i, 0.)/len(found) for i in range(len(ls))]
 
-# %% ../nbs/03_match.ipynb #c6823eae
+# %% ../nbs/03_match.ipynb #8ceb3b4b
 def _alone(l, n_images):
     "`(mean, std, confidence)` of a lattice that no known constants fit: the middle of what is possible"
     if not l: return math.nan, math.nan, 0.
@@ -227,7 +235,7 @@ def _alone(l, n_images):
     conf = .3 if not l.sure and l.noise<.01 else .75 if not l.sure or n_images<2 else .85
     return (255-l.n)/510 - s*l.start, s, conf/ways
 
-# %% ../nbs/03_match.ipynb #779c7b88
+# %% ../nbs/03_match.ipynb #1f61218b
 def _explain(ls, n_images):
     "`(name, means, stds, confidences)` of the lattices `ls`"
     if r := _settle(ls): return r
@@ -235,14 +243,14 @@ def _explain(ls, n_images):
     a,b = _explain(ls[:3], n_images),_explain(ls[3:], n_images)
     return a[0] if a[0]==b[0] else f'{a[0]}; {b[0]}', *[(*p,*q) for p,q in zip(a[1:], b[1:])]
 
-# %% ../nbs/03_match.ipynb #9f171c82
+# %% ../nbs/03_match.ipynb #e9e85fb1
 def _mean_range(l, m, s):
     "Lowest and highest mean for the std `s` that keep the values of `l` within 0-255"
     if not l: return -math.inf, math.inf
     lo = -s*l.start
     return lo, lo + (255-round(255*l.h*s)*l.n)/255
 
-# %% ../nbs/03_match.ipynb #7be16b34
+# %% ../nbs/03_match.ipynb #ce835276
 def _result(ls, lo, hi, name, ms, ss, conf):
     "An `InferredStats`; a constant channel is taken for a known one if its value is a pixel level there"
     best = max(conf)
@@ -255,7 +263,7 @@ def _result(ls, lo, hi, name, ms, ss, conf):
     return InferredStats(tuple(map(float, ms)), tuple(map(float, ss)), min(conf), tuple(conf), tuple(c>=.8 for c in conf), ranges, name,
                          tuple(l.share if l else 0. for l in ls))
 
-# %% ../nbs/03_match.ipynb #af515dff
+# %% ../nbs/03_match.ipynb #885dce36
 def infer_normalization(
     x, # Batch as it reaches the model, 3 to 5 axes, any dtype; tensor or array
     dim:int=1 # Axis of the channels
