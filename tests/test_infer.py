@@ -159,6 +159,18 @@ def test_mixtures():
     unsure(torch.cat([XN, X/255]), .5)
 
 
+def test_zeros_of_padding_are_no_levels():
+    "Between the levels of 0.3/0.5 a zero halves the steps, and then up to level 204 they look like pixels in [0,1]"
+    y = norm(X.clamp(80, 204)/255, (.3,)*3, (.5,)*3)
+    for z in (y, F.pad(y, (9, 9))): unsure(z)
+
+
+def test_steps_of_the_number_format():
+    "All bfloat16 from 128 to 255 are whole numbers, whatever was rounded"
+    x = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(4))*127+128
+    for y in (x.bfloat16(), x.bfloat16().float()): assert infer_normalization(y) is None
+
+
 def test_non_finite():
     y = XN.clone()
     y[0, 0, 0, 0], y[1, :, 3], y[2, :, 5] = math.nan, math.inf, -math.inf
