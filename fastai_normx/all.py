@@ -1,3 +1,4 @@
 from .stats import *
 from .expected import *
 from .normalize import *
+from .match import *
