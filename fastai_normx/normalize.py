@@ -131,10 +131,10 @@ def _(source:DataLoaders):
         f'The loaders of this DataLoaders normalize differently: {"; ".join(map(repr, found))}. To make them equal: `dls.normalize_for(arch)`.')
     return found[0]
 
-# %% ../nbs/02_normalize.ipynb #7579ee21
+# %% ../nbs/02_normalize.ipynb #d0e7b932
 @expected_stats.register
 def _(source:Learner):
-    arch,kind = getattr(source, 'arch', None),type(source.model).__name__
+    arch = getattr(source, 'arch', None)
     if not getattr(source, 'pretrained', True): raise ValueError(
         'This learner was made with pretrained=False: random weights expect no constants. Use the data\'s own, `dls.normalize_for(Normalize.from_data(dls))`, '
         'or, if you loaded weights yourself, name them: a timm name, a weights entry or `(mean, std)`.')
