@@ -1,5 +1,5 @@
 "float64 numpy is the judge: any split, order, dtype and layout gives its answer; margins hold what they promise."
-import json, random, subprocess, sys, warnings
+import json, random, socket, subprocess, sys, warnings
 from pathlib import Path
 
 import numpy as np
@@ -212,11 +212,12 @@ def test_repr_names_what_matters():
 worker = '''
 import sys, torch, torch.distributed as dist
 from fastai_normx.stats import ChannelStats
-rank, file = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group('gloo', init_method='file://'+file, rank=rank, world_size=2)
+rank, file, port = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group('gloo', init_method='tcp://127.0.0.1:'+port, rank=rank, world_size=2)
 x = torch.load(file+'.pt')
 s = ChannelStats.of(x[:3] if rank==0 else x[3:]).all_reduce()
 open(f'{file}.{rank}', 'w').write(s.to_json())
+dist.barrier()
 dist.destroy_process_group()
 '''
 
@@ -224,8 +225,10 @@ dist.destroy_process_group()
 def test_all_reduce_over_two_processes(tmp_path):
     x, f = torch.rand(10, 3, 8, 8), tmp_path/'store'
     torch.save(x, f'{f}.pt')
-    ps = [subprocess.Popen([sys.executable, '-c', worker, str(r), str(f)]) for r in range(2)]
-    assert [p.wait(timeout=60) for p in ps] == [0, 0]
+    with socket.create_server(('127.0.0.1', 0)) as free: port = str(free.getsockname()[1])
+    ps = [subprocess.Popen([sys.executable, '-c', worker, str(r), str(f), port]) for r in range(2)]
+    try: assert [p.wait(timeout=120) for p in ps] == [0, 0]
+    finally: [p.kill() for p in ps]
     a, b = (ChannelStats.from_json(Path(f'{f}.{r}').read_text()) for r in range(2))
     assert a == b
     check(a, exact(x))
