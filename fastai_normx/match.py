@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
-from .expected import _compose,_short
+from .expected import _clip,_compose,_short
 
 # %% ../nbs/03_match.ipynb #4f4bfe78
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _lattice(v, lo, hi):
 
 # %% ../nbs/03_match.ipynb #26f2fe7a
 _known = {'pixels in [0,1]':((0,)*3, (1,)*3), '0.5/0.5':((.5,)*3, (.5,)*3), 'ImageNet':((.485,.456,.406), (.229,.224,.225)),
-    'CLIP':((.48145466,.4578275,.40821073), (.26862954,.26130258,.27577711)), 'DPN':((124/255,117/255,104/255), (1/(.0167*255),)*3),
+    'CLIP':_clip, 'DPN':((124/255,117/255,104/255), (1/(.0167*255),)*3),
     'satellite':((.43,.411,.296), (.213,.156,.143))}
 
 # %% ../nbs/03_match.ipynb #0082a5e7
