@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_sample_images
 from fastai_normx.expected import expected_stats
-from fastai_normx.match import infer_normalization
+from fastai_normx.infer import infer_normalization
 
 torch.set_num_threads(1)
 runs, rng = int(sys.argv[1]) if len(sys.argv) > 1 else 21, np.random.default_rng(0)

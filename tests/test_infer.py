@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-from fastai_normx.match import InferredStats, _families, _known, _variants, infer_normalization
+from fastai_normx.infer import InferredStats, _families, _known, _variants, infer_normalization
 
 vec = lambda v, dt=torch.float64: torch.tensor(v, dtype=dt).view(1, -1, 1, 1)
 
