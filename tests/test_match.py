@@ -1,0 +1,334 @@
+"`stats_match` and `StatsMatch` on learners, loaders, files and bad input; the lessons are in nbs/03_match.ipynb and nbs/03b_evidence.ipynb."
+import warnings
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader as TorchDL, TensorDataset
+from torchvision import models as M, transforms as T
+
+from fastai.vision.all import (Callback, CutMix, DataLoaders, GradientAccumulation, Learner, MixUp, Normalize, TensorImage, aug_transforms, imagenet_stats,
+                               load_learner, set_seed, unet_learner, vision_learner)
+from fastai_normx.all import ChannelStats, MatchReport, StatsMatch, StatsMatchWarning, expected_stats, stats_match
+from fastai_normx.evidence import _cases, _harm, _same
+from fastai_normx.stats import DataStatsWarning
+
+I, H = imagenet_stats, ((.5,)*3, (.5,)*3)
+
+
+def tiles(n=64, size=32):
+    from sklearn.datasets import load_sample_images
+    rng, ims = np.random.default_rng(0), load_sample_images().images
+    at = [(ims[i % 2], rng.integers(0, 427-size), rng.integers(0, 640-size)) for i in range(n)]
+    return torch.stack([torch.tensor(im[y:y+size, x:x+size]).permute(2, 0, 1) for im, y, x in at])
+
+
+def norm(x, mean, std): return (x-torch.tensor(mean).view(-1, 1, 1))/torch.tensor(std).view(-1, 1, 1)
+def loader(x, bs=16): return TorchDL(TensorDataset(x, torch.zeros(len(x), dtype=torch.long)), bs)
+def kind(data, expected='resnet18', **kw): return stats_match(data, expected, warn=False, **kw).kind
+
+
+@contextmanager
+def quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', StatsMatchWarning)
+        yield
+
+
+def ours(ws): return [str(w.message) for w in ws if issubclass(w.category, StatsMatchWarning)]
+
+
+@pytest.fixture
+def learner(offline_weights, photo_dls):
+    "A `vision_learner` with the given `Normalize` constants, and what it says in `fit`"
+    def make(*tfms, arch=M.resnet18, make=vision_learner, bs=4, **kw):
+        return make(photo_dls(*tfms, bs=bs), arch, normalize=False, **kw)
+    return make
+
+
+def fit(learn, n=1, **kw):
+    with learn.no_bar(), learn.no_logging(), warnings.catch_warnings(record=True) as ws:
+        warnings.simplefilter('always')
+        learn.fit(n, 1e-4, **kw)
+    return ours(ws)
+
+
+# --- what was done to the pixels ---------------------------------------------------------------------------------------
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(.05, 1)), min_size=3, max_size=3), st.sampled_from([I, H, ((0.,)*3, (1.,)*3)]))
+def test_any_constants_on_photographs(c, E):
+    c = tuple(zip(*c))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        E = expected_stats(E)
+    r = stats_match(norm(tiles(24)/255, *c), E, warn=False)
+    if _same(c, E, .0199): assert r.outcome == 'ok'
+    elif not _same(c, E, .0201): assert r.outcome != 'ok', r
+
+
+@pytest.mark.parametrize('E', ['resnet18', 'tf_efficientnet_lite0', 'vit_base_patch32_clip_224.openai', 'dpn68', 'fastvit_mci0.apple_mclip'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_right_is_never_a_mismatch(E, dtype):
+    s = expected_stats(E)
+    for n in (1, 2, 8, 64):
+        with quiet(): r = stats_match(norm(tiles(n)/255, *s).to(dtype), E)
+        assert r.outcome != 'mismatch' and all(f.severity == 'note' for f in r.findings)
+
+
+def test_cases_are_told_apart():
+    for E in ('resnet18', 'tf_efficientnet_lite0', 'dpn68'):
+        E = expected_stats(E)
+        for k, what, c in _cases(E):
+            r = stats_match(norm(tiles(64)/255, *c), E, warn=False)
+            assert r.outcome == 'mismatch' and r.kind == next(k for k, _, o in _cases(E) if _same(o, c)), (what, str(r))
+
+
+def test_harm_is_a_share_and_grows():
+    E = expected_stats('resnet18')
+    shares = [_harm(E, (E.mean, [s*f for s in E.std])) for f in (1, .8, .5, .2, .01)]
+    assert shares == sorted(shares) and shares[0] == 0 and shares[-1] < 1
+    grey = expected_stats('resnet18', n_in=1)
+    assert 0 < _harm(grey, ((0.,), (1.,))) < 1
+
+
+def test_more_and_fewer_channels():
+    four = expected_stats('resnet18', n_in=4, extra=((.3,), (.2,)))
+    x = torch.cat([tiles(), tiles()[:, :1]], 1)
+    with quiet(): assert stats_match(norm(x/255, *four), four).outcome == 'ok'
+    assert kind(norm(x/255, *four)) == 'channel_count' and kind(x/255, four) == 'not_normalized'
+    one = expected_stats('resnet18', n_in=1)
+    with quiet(): assert stats_match(norm(tiles()[:, 1:2]/255, *one), one).outcome == 'ok'
+    assert 'n_in=1' in stats_match(norm(tiles()[:, 1:2]/255, *one), 'resnet18', warn=False).findings[0].fix
+    assert kind(norm(tiles()/255, *I).permute(0, 2, 3, 1)) == 'channel_count'
+
+
+def test_batches_that_change_their_channels():
+    assert kind([norm(tiles(8)/255, *I), norm(tiles(8)/255, *I)[:, :1]]) == 'channel_count'
+
+
+def test_everything_is_nan():
+    r = stats_match(torch.full((8, 3, 16, 16), torch.nan), 'resnet18', warn=False)
+    assert r.kind == 'non_finite' and 'nan' in str(r).lower()
+
+
+# --- the report --------------------------------------------------------------------------------------------------------
+
+def test_warning_names_everything_and_points_here():
+    with pytest.warns(StatsMatchWarning) as ws: stats_match(loader(tiles()/255), 'resnet18')
+    w, = [w for w in ws if issubclass(w.category, StatsMatchWarning)]
+    assert w.filename == __file__
+    for part in ('not normalized', 'resnet18.a1_in1k (timm', 'mean (0.485, 0.456, 0.406)', 'read off the values (confidence 0.9', '% of the accuracy', 'transforms.Normalize((0.485'): assert part in str(w.message)
+
+
+def test_report_as_text_html_frame_and_plot():
+    import matplotlib; matplotlib.use('Agg')
+    for data in (tiles()/255, ChannelStats.of(tiles()), norm(tiles()/255, *I)[:, :1]):
+        r = stats_match(data, 'resnet18', warn=False)
+        assert isinstance(r, MatchReport) and repr(r) == str(r) and r.findings[0].message.split()[0] in r._repr_html_()
+        assert len(r.to_df()) == len(r.observed.mean) == len(r.plot().axes)
+    assert '<' not in r.findings[0].message or '&lt;' in r._repr_html_()
+
+
+def test_raw_undoes_what_was_applied():
+    x = tiles()
+    r = stats_match(loader(norm(norm(x/255, *I), *H)), 'resnet18', warn=False)
+    assert r.kind == 'normalized_twice' and torch.allclose(r.raw.mean, (x.double()/255).mean((0, 2, 3)), atol=1e-4)
+
+
+def test_model_measures_the_cost_and_is_left_alone():
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    m[1].eval()
+    before = {k: v.clone() for k, v in m.state_dict().items()}
+    r = stats_match(loader(tiles()/255), 'resnet18', model=m, warn=False)
+    assert m.training and not m[1].training and all(torch.equal(v, before[k]) for k, v in m.state_dict().items())
+    with torch.no_grad(): a, b = (m.eval()(o) for o in (tiles()[:32]/255, norm(tiles()[:32]/255, *I)))
+    assert r.impact['n'] == 32 and r.impact['changed'] == pytest.approx((a.argmax(1) != b.argmax(1)).float().mean().item())
+    assert r.impact['cosine_distance'] == pytest.approx((1-nn.functional.cosine_similarity(a, b)).mean().item(), abs=1e-5)
+
+
+def test_reports_on_files(tmp_path):
+    for i, t in enumerate(tiles(40)): Image.fromarray(t.permute(1, 2, 0).numpy()).save(tmp_path/f'{i}.png')
+    with quiet(): r = stats_match(tmp_path, 'resnet18')
+    assert r.outcome == 'ok' and len(r.observed) == 40 and 'before any pipeline' in r.applied.source
+    with quiet(): assert len(stats_match(sorted(tmp_path.iterdir()), 'resnet18', n_items=7).observed) == 7
+    (tmp_path/'torn.png').write_bytes(b'nothing')
+    with pytest.warns(DataStatsWarning, match='torn.png'): stats_match(tmp_path, 'resnet18')
+    for i in range(40): (tmp_path/f'{i}.png').unlink()
+    with pytest.raises(ValueError, match='none of the 1'): stats_match(tmp_path, 'resnet18')
+
+
+# --- learners ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('arch', [M.resnet18, M.convnext_tiny], ids=['BatchNorm', 'LayerNorm'])
+def test_learner_right_wrong_and_mended(learner, arch):
+    learn = learner(Normalize.from_stats(*I), arch=arch)
+    with quiet():
+        assert learn.stats_match().outcome == 'ok'
+        assert fit(learn, cbs=StatsMatch()) == []
+    learn = learner(*aug_transforms(), arch=arch)
+    said = fit(learn, 2, cbs=(cb := StatsMatch()))
+    assert len(said) == 1 and 'not normalized' in said[0] and '`learn.dls.normalize_for(learn)`' in said[0]
+    assert cb.report.kind == 'not_normalized' and not learn.model._forward_pre_hooks
+    with pytest.warns(StatsMatchWarning): r = learn.stats_match()
+    assert r.fix() is learn.dls
+    assert fit(learn, cbs=StatsMatch()) == [] and learn.stats_match().ok
+
+
+def test_unet(learner):
+    learn = learner(Normalize.from_stats(*H), make=unet_learner, n_out=2, loss_func=lambda p, y: p.mean())
+    assert [s[:40] for s in fit(learn, cbs=StatsMatch())] == ['The images are normalized with the const']
+
+
+def test_second_learner_on_the_same_loaders(learner, offline_weights):
+    learn = learner(Normalize.from_pretrained('resnet18'))
+    assert 'constants' in fit(vision_learner(learn.dls, M.googlenet, normalize=False), cbs=StatsMatch('tf_efficientnet_lite0'))[0]
+
+
+@pytest.mark.parametrize('cb', [MixUp, CutMix, lambda: GradientAccumulation(8)], ids=['MixUp', 'CutMix', 'GradientAccumulation'])
+def test_training_callbacks_raise_no_alarm(learner, cb):
+    learn = learner(Normalize.from_stats(*I), loss_func=nn.CrossEntropyLoss())
+    with quiet(): assert fit(learn, 2, cbs=[cb(), StatsMatch()]) == []
+    learn = learner(loss_func=nn.CrossEntropyLoss())
+    assert len(fit(learn, 2, cbs=[cb(), StatsMatch()])) == 1
+
+
+def test_training_is_the_same_with_and_without(learner):
+    def losses(*cbs):
+        learn = learner(Normalize.from_stats(*H), *aug_transforms())
+        set_seed(3, reproducible=True)
+        learn.dls.train.rng.seed(3)
+        fit(learn, 2, cbs=cbs)
+        return [float(l) for l in learn.recorder.losses]
+    assert losses() == losses(StatsMatch())
+
+
+def test_examining_a_learner_changes_nothing(learner):
+    learn = learner(Normalize.from_stats(*I), cbs=[MixUp(), StatsMatch()])
+    learn.model.eval()
+    cbs, rng, before = list(learn.cbs), learn.dls.train.rng.getstate(), torch.get_rng_state()
+    learn.stats_match()
+    assert list(learn.cbs) == cbs and learn.dls.train.rng.getstate() == rng and torch.equal(torch.get_rng_state(), before)
+    assert not learn.model.training and 'training' not in vars(learn)
+
+
+def test_quiet_in_lr_find_and_get_preds(learner):
+    learn = learner(cbs=StatsMatch())
+    with quiet(), learn.no_bar():
+        learn.lr_find(num_it=3, show_plot=False)
+        learn.get_preds()
+        learn.predict(np.asarray(tiles(1)[0].permute(1, 2, 0)))
+    assert learn.stats_match_cb.report is None and len(fit(learn)) == 1
+
+
+def test_half_the_input_is_normalized_by_a_callback(learner):
+    class Twice(Callback):
+        def before_batch(self): self.learn.xb = (norm(self.xb[0], *I),)
+    learn = learner(Normalize.from_stats(*I), cbs=[Twice(), StatsMatch()])
+    assert [s[:42] for s in fit(learn)] == ['The images are normalized twice: both time']
+    assert learn.stats_match(warn=False).kind == 'normalized_twice'
+    with pytest.raises(ValueError, match='no pipeline that `fix` could mend'): learn.stats_match(warn=False).fix()
+
+
+def test_split_mismatch_is_found_in_training(learner):
+    learn = learner(Normalize.from_stats(*I), cbs=StatsMatch())
+    dl = learn.dls.valid
+    dl.after_batch.fs = dl.after_batch.fs.filter(lambda t: not isinstance(t, Normalize))
+    said = fit(learn)
+    assert learn.stats_match_cb.report.kind == 'split_mismatch' and any(s.startswith('The sets are normalized differently') for s in said)
+
+
+def test_trouble_inside_is_said_once(learner, monkeypatch):
+    import fastai_normx.match as match
+    monkeypatch.setattr(match, '_report', lambda *a, **k: 1/0)
+    learn = learner(Normalize.from_stats(*I))
+    cb = StatsMatch()
+    said = fit(learn, 2, cbs=cb) + fit(learn, cbs=cb)
+    assert len(said) == 1 and 'ZeroDivisionError' in said[0] and 'training goes on' in said[0]
+
+
+def test_random_weights_expect_nothing(photo_dls):
+    learn = vision_learner(photo_dls(), M.resnet18, pretrained=False)
+    said = fit(learn, cbs=StatsMatch())
+    assert len(said) == 1 and 'pretrained=False' in said[0]
+    said = fit(learn, cbs=StatsMatch(I))
+    assert len(said) == 1 and 'not normalized' in said[0]
+
+
+def test_inputs_that_are_no_images():
+    x = torch.randn(32, 5)
+    learn = Learner(DataLoaders(loader(x), loader(x)), nn.Linear(5, 2), loss_func=nn.CrossEntropyLoss(), cbs=StatsMatch('resnet18'))
+    said = fit(learn)
+    assert len(said) == 1 and 'no batch of images among the inputs of Linear' in said[0]
+
+
+def test_several_inputs_and_dict_outputs():
+    class Two(nn.Module):
+        def __init__(self): super().__init__(); self.c, self.l = nn.Conv2d(3, 4, 3), nn.Linear(5, 2)
+        def forward(self, table, im): return dict(out=self.l(table)+self.c(im).mean())
+    x = norm(tiles()/255, *I)
+    dl = TorchDL(TensorDataset(torch.randn(64, 5), x, torch.zeros(64, dtype=torch.long)), 16)
+    learn = Learner(DataLoaders(dl, dl), Two(), loss_func=lambda p, y: nn.functional.cross_entropy(p['out'], y))
+    learn.dls.n_inp = 2
+    assert fit(learn, cbs=StatsMatch('resnet18')) == []
+    assert 'with ImageNet' in fit(learn, cbs=StatsMatch('tf_efficientnet_lite0'))[0]
+    assert learn.stats_match('resnet18').ok
+
+
+def test_an_exception_in_training_leaves_no_trace(learner):
+    class Boom(Callback):
+        order = 60
+        def before_batch(self):
+            if self.training: raise ValueError('boom')
+    learn = learner(Normalize.from_stats(*I), cbs=StatsMatch())
+    with pytest.raises(ValueError), learn.no_bar(): learn.fit(1, cbs=Boom())
+    learn.model(torch.zeros(2, 3, 32, 32).to(learn.dls.device))
+    assert not learn.model._forward_pre_hooks
+    learn.remove_cbs([c for c in learn.cbs if isinstance(c, Boom)])
+    assert fit(learn) == []
+
+
+def test_warnings_as_errors_stop_training(learner):
+    learn = learner(cbs=StatsMatch())
+    with pytest.raises(Exception, match='not normalized'), warnings.catch_warnings(), learn.no_bar():
+        warnings.simplefilter('error', StatsMatchWarning)
+        learn.fit(1)
+
+
+def test_exported_with_the_callback(learner, tmp_path):
+    learn = learner(Normalize.from_stats(*I), cbs=StatsMatch())
+    fit(learn)
+    assert learn.stats_match_cb.report.ok
+    learn.export(tmp_path/'e.pkl')
+    assert (tmp_path/'e.pkl').stat().st_size < 60e6
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        other = load_learner(tmp_path/'e.pkl')
+    with other.no_bar(): other.predict(np.asarray(tiles(1)[0].permute(1, 2, 0)))
+    assert other.stats_match_cb.report is None
+
+
+def test_only_the_first_process_speaks(learner, monkeypatch):
+    import fastai_normx.match as match
+    monkeypatch.setattr(match, 'rank_distrib', lambda: 1)
+    assert fit(learner(), cbs=StatsMatch()) == []
+
+
+def test_a_normalize_that_does_not_act():
+    "fastai's `Normalize` passes a plain tensor through"
+    from fastai.data.all import TfmdDL, Datasets
+    x = tiles()/255
+    dls = Datasets(range(64), [[lambda i: x[i]], [lambda i: i % 2]]).dataloaders(bs=16, after_batch=[Normalize.from_stats(*I)], num_workers=0)
+    assert not isinstance(dls.one_batch()[0], TensorImage)
+    assert dls.stats_match('resnet18', warn=False).kind == 'not_normalized'
+
+
+def test_compiled_model(learner):
+    learn = learner()
+    learn.model = torch.compile(learn.model, backend='eager')
+    assert len(fit(learn, cbs=StatsMatch(I))) == 1
