@@ -174,7 +174,7 @@ def _hist(X, mom):
     else: c = torch.zeros(R*_bins+1, device=X.device, dtype=mom.dtype).scatter_add_(0, I.long(), torch.ones_like(I, dtype=mom.dtype))
     return torch.cat([e[:,None], first[:,None], c[:-1].view(R, _bins).to(mom.dtype)], 1)
 
-# %% ../nbs/04_activations.ipynb #75bd01dd
+# %% ../nbs/04_activations.ipynb #cce713b3
 def _halves(X):
     "Means and standard deviations `[...,2,2,C]` of the two halves of `[...,K,C]`"
     X = X.double() if X.device.type!='mps' else X.float()
@@ -185,7 +185,7 @@ def _halves(X):
 def _still(X):
     "Which channels of `[...,K,C]` do not vary"
     lo,hi = X.amin(-2),X.amax(-2)
-    return hi-lo <= 1e-6*torch.maximum(lo.abs(), hi.abs())
+    return (hi-lo <= 1e-6*torch.maximum(lo.abs(), hi.abs())) & (hi-lo).isfinite()
 
 # %% ../nbs/04_activations.ipynb #7daa628e
 _Plan = namedtuple('_Plan', 'n idx C K chans span')
@@ -676,11 +676,11 @@ class ActivationLogger(Callback):
         self._outs = _sinks(to)
         self.reset()
 
-# %% ../nbs/04_activations.ipynb #b93992a4
+# %% ../nbs/04_activations.ipynb #6477942f
 @patch
 def reset(self:ActivationLogger):
     "Forget all records; the next `fit` starts anew"
-    self._rec,self._guarded,self._open,self._now,self._fits,self._steps,self._step0 = None,None,None,None,-1,0,0
+    self._whole,self._rec,self._guarded,self._open,self._now,self._fits,self._steps,self._step0 = False,None,None,None,None,-1,0,0
     self._hist,self.found,self._said,self._first,self._runs = {'train':_History(self.keep or 10**9),'valid':_History(self.keep or 10**9)},L(),set(),None,{}
     return self
 
@@ -697,21 +697,27 @@ def before_fit(self:ActivationLogger):
     self._step0 = self._steps
     self._attach()
 
-# %% ../nbs/04_activations.ipynb #cf6aa961
+# %% ../nbs/04_activations.ipynb #53a6c772
 @patch
 def _attach(self:ActivationLogger):
     "Wrap the learner's event loop for this fit, so that no exit leaves anything behind"
     self._guarded = partial(self._guard, self.learn._with_events)
     self.learn._with_events = self._guarded
 
+def _over(f): return isinstance(f, partial) and isinstance(o := getattr(f.func, '__self__', None), ActivationLogger) and o._guarded is not f
+
 @patch
 def _detach(self:ActivationLogger):
-    attrs,g = getattr(self.learn, '__dict__', {}),self._guarded
-    if g is not None and attrs.get('_with_events') is g:
-        del attrs['_with_events']
-        if getattr(g.args[0], '__func__', None) is not type(self.learn)._with_events: attrs['_with_events'] = g.args[0]
     self._guarded = self._open = None
+    attrs = getattr(self.learn, '__dict__', {})
+    while _over(f := attrs.get('_with_events')):
+        if isinstance(f.args[0], partial): attrs['_with_events'] = f.args[0]
+        else: del attrs['_with_events']
     if self._rec is not None: self._rec.free()
+    self._flush()
+
+@patch
+def _flush(self:ActivationLogger):
     for o in self._outs: self._try(o, o.flush)
 
 @patch
@@ -728,10 +734,11 @@ def _guard(self:ActivationLogger, inner, f, event_type, ex, final=lambda: None):
         if event_type=='batch': self._finish(failed)
         elif event_type=='epoch':
             self._steps = self._step0+self.learn.train_iter
-            self._detach() if failed else self._rec.free()
+            self._rec.free()
+            self._detach() if failed else self._flush()
         else: self._open = was
 
-# %% ../nbs/04_activations.ipynb #c819938b
+# %% ../nbs/04_activations.ipynb #02ba978f
 @patch
 def before_batch(self:ActivationLogger):
     if self._guarded is None or self._open is None or hasattr(self.learn, 'gather_preds'): return
@@ -742,12 +749,12 @@ def before_batch(self:ActivationLogger):
 
 @patch
 def after_pred(self:ActivationLogger):
-    if self._now is not None: self._rec.stop()
+    if self._now is not None: self._rec.stop(); self._whole = True
 
 @patch
 def _finish(self:ActivationLogger, failed):
     "Make a record of the batch that just ended"
-    now,self._now = self._now,None
+    now,whole,self._now,self._whole = self._now,self._whole,None,False
     if now is None: return
     self._rec.stop()
     try: rec = self._rec.collect() if failed else _all_ranks(self._rec.collect())
@@ -755,7 +762,7 @@ def _finish(self:ActivationLogger, failed):
         self._rec.free()
         return self._once('collect', f'A batch was not recorded: {type(e).__name__}: {e}')
     for i,e in self._rec.problems.items(): self._once(i, f'Layer {self._rec.names[i]} is not recorded: {type(e).__name__}: {e}')
-    if rec is None: return self._once('blind', f'None of the {len(self._rec.names)} layers was seen to run'
+    if rec is None: return whole and self._once('blind', f'None of the {len(self._rec.names)} layers was seen to run'
         + (': this torch cannot run a compiled model with hooks. Compile after training, or update torch.' if _is_compiled(self.model) else ': is the model traced or scripted, or does it use other modules? Choose with `layers`.'))
     self._hist[now['split']].add(now, rec)
     self._send(now, rec)
