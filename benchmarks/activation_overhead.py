@@ -24,9 +24,11 @@ p.add_argument('--ways', default='', help='only ways whose name contains one of 
 p.add_argument('--rounds', type=int, default=9)
 p.add_argument('--steps', type=int, default=4)
 p.add_argument('--threads', type=int, default=0, help='0: as torch chooses')
+p.add_argument('--cpu-time', action='store_true', help='count the time that the processor worked for us, for a machine that others use too')
 p.add_argument('--json')
 args = p.parse_args()
 if args.threads: torch.set_num_threads(args.threads)
+clock = time.process_time if args.cpu_time else time.perf_counter
 dev, on_gpu = torch.device(args.device), args.device.startswith('cuda')
 
 
@@ -41,8 +43,8 @@ class Loader(list):
 class Timer(Callback):
     order = -100
     def before_fit(self): self.ts = []
-    def before_batch(self): sync(); self.ts.append(time.perf_counter())
-    def after_fit(self): sync(); self.ts.append(time.perf_counter())
+    def before_batch(self): sync(); self.ts.append(clock())
+    def after_fit(self): sync(); self.ts.append(clock())
 
 
 class NoValid(Callback):
@@ -138,7 +140,7 @@ def cpu_name():
 
 
 load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else None
-about = dict(device=torch.cuda.get_device_name() if on_gpu else cpu_name(), threads=torch.get_num_threads(), cores=os.cpu_count(), load_at_end=load, rounds=args.rounds, steps=args.steps,
+about = dict(device=torch.cuda.get_device_name() if on_gpu else cpu_name(), threads=torch.get_num_threads(), cores=os.cpu_count(), load_at_end=load, clock='processor time' if args.cpu_time else 'wall time', rounds=args.rounds, steps=args.steps,
              python=platform.python_version(), **{k: version(k) for k in ('torch', 'fastai', 'torchvision', 'timm', *(['torchinstruments'] if 'TorchInstruments, leaves, every step' in ways else []))})
 print('\n' + ', '.join(f'{k} {v}' for k, v in about.items() if v is not None))
 if args.json: Path(args.json).write_text(json.dumps(dict(about=about, results=res), indent=1))

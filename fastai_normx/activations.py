@@ -44,7 +44,7 @@ def _merge_dims(dims):
         elif n>1: res.append((n,s))
     return res
 
-# %% ../nbs/04_activations.ipynb #4de5d258
+# %% ../nbs/04_activations.ipynb #b86086db
 def _places(shape, stride, axis, size, rand, n_ch=None):
     "Offsets of `size` random elements, the first `[K,C]` of them `K` from each of `C` channels"
     dims = list(zip(shape, stride))
@@ -55,12 +55,11 @@ def _places(shape, stride, axis, size, rand, n_ch=None):
         u = rand(k, c)
         u += torch.arange(k, dtype=u.dtype, device=u.device)[:,None]
         return _offsets((u*(n/k)).long().clamp_(max=n-1), dims)
-    c = torch.arange(cn) if n_ch is None or n_ch>=cn else torch.from_numpy(np.random.default_rng(int(rand(1,1)*2**52)).permutation(cn)[:n_ch])
+    c = np.arange(cn) if n_ch is None or n_ch>=cn else np.random.default_rng(int(rand(1, 1)*2**52)).permutation(cn)[:n_ch]
     K = size//len(c)
     if K<2 or axis is None: return draw(size, 1, _merge_dims(dims)).flatten(),None,0,c
     off = draw(K, len(c), rest)
-    c = c.to(off.device)
-    off = (off + c*cs).flatten()
+    off = (off + torch.as_tensor(c, device=off.device)*cs).flatten()
     if extra := size-len(off): off = torch.cat([off, draw(extra, 1, _merge_dims(dims)).flatten()])
     return off,len(c),K,c
 
@@ -83,7 +82,7 @@ def _moments(X):
     var = ((Z-m[:,None])*ok).square().sum(1)/n.clamp(min=1)
     return torch.stack([n, m, var, X.masked_fill(~ok, torch.inf).amin(1), X.masked_fill(~ok, -torch.inf).amax(1), (ok & (Z.abs()<=_near)).sum(1).to(X.dtype)], 1)
 
-# %% ../nbs/04_activations.ipynb #fd014eaf
+# %% ../nbs/04_activations.ipynb #7d0c42ef
 _bins = 64
 
 def _bin_width(mom):
@@ -102,7 +101,7 @@ def _hist(X, mom):
     if bad is not None: I = I.nan_to_num_(0, 0, 0)
     I = I.sub_(first.to(X.dtype)[:,None]).clamp_(0, _bins-1).int()
     I += torch.arange(0, R*_bins, _bins, dtype=torch.int32, device=X.device)[:,None]
-    if bad is not None: I[bad] = R*_bins
+    if bad is not None: I = I.masked_fill_(bad, R*_bins)
     I = I.flatten()
     if X.device.type=='cpu': c = torch.bincount(I, minlength=R*_bins+1)
     else: c = torch.zeros(R*_bins+1, device=X.device, dtype=mom.dtype).scatter_add_(0, I.long(), torch.ones_like(I, dtype=mom.dtype))
