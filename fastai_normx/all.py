@@ -2,3 +2,4 @@ from .stats import *
 from .expected import *
 from .normalize import *
 from .match import *
+from .activations import *
