@@ -175,11 +175,11 @@ def matrix(sets, n):
 
 
 def table(rows, by, cols):
-    keys = list(dict.fromkeys(by(r) for r in rows))
-    print('| ' + ' | '.join(['', *cols]) + ' |\n|---|' + '---:|'*len(cols))
-    for k in keys:
-        c = Counter(r[5] for r in rows if by(r) == k)
-        print(f'| {k} | ' + ' | '.join(str(c[o] or '') for o in cols) + ' |')
+    "Print counts of verdicts, and return them"
+    res = {k: Counter(r[5] for r in rows if by(r) == k) for k in dict.fromkeys(by(r) for r in rows)}
+    print('\n| ' + ' | '.join(['', *cols]) + ' |\n|---|' + '---:|'*len(cols))
+    for k, c in res.items(): print(f'| {k} | ' + ' | '.join(str(c[o] or '') for o in cols) + ' |')
+    return res
 
 
 def environment():
@@ -200,14 +200,12 @@ def main():
     else:
         rows = matrix(images(a.data, 400), a.images)
         bad, right = [r for r in rows if r[0]], [r for r in rows if not r[0]]
-        print('\n')
         cols = 'named', 'wrongly named', 'missed', 'cannot tell', 'not shown'
-        table(bad, lambda r: f'{r[0]}: {r[1]}', cols)
-        print(); table(bad, lambda r: r[4], cols)
-        print(); table(bad, lambda r: r[3], cols)
-        print(); table(right, lambda r: r[1], ('right', 'suspicion', 'false alarm'))
-        print(f'\nRight pipelines: {len(right)}, false alarms: {sum(r[5] == "false alarm" for r in right)}, suspicions: {sum(r[5] == "suspicion" for r in right)}, of them "cannot tell": {sum("cannot" in r[6] for r in right)}')
-        res = dict(rows=rows)
+        by = dict(fault=lambda r: f'{r[0]}: {r[1]}', loader=lambda r: r[4], images=lambda r: r[3], family=lambda r: r[2])
+        res = {k: table(bad, f, cols) for k, f in by.items()}
+        res['right'] = table(right, lambda r: r[1], ('right', 'suspicion', 'false alarm'))
+        res['total'] = dict(faults=Counter(r[5] for r in bad), right=Counter(r[5] for r in right), right_cannot_tell=sum('cannot' in r[6] for r in right))
+        print(f'\n{res["total"]}')
     print(json.dumps(env))
     if a.json: a.json.write_text(json.dumps(dict(environment=env, **res), indent=1)+'\n')
 

@@ -131,17 +131,18 @@ def _accuracies(learn):
             accs[k] = learn.validate()[1]
     return accs
 
-# %% ../nbs/05_cli.ipynb #00d0eb3d
+# %% ../nbs/05_cli.ipynb #73ef5e50
 @call_parse
 def normx_demo(
     path:str='normx_demo', # Folder for the pictures
     epochs:int=3 # Epochs of `fine_tune` after the frozen one
 ):
-    "Fine-tune real ImageNet weights on real photographs with `Normalize.from_pretrained`"
-    warnings.filterwarnings('ignore', category=FutureWarning)
+    "Fine-tune real ImageNet weights on real photographs with `Normalize.from_pretrained`, `StatsMatch` and `ActivationLogger`"
     import matplotlib.pyplot as plt
     from contextlib import nullcontext
-    from fastai.vision.all import set_seed
+    from fastai.vision.all import imagenet_stats,set_seed
+    from fastai_normx.activations import ActivationLogger
+    from fastai_normx.match import StatsMatch,_pair
     path = Path(path).expanduser()
     path.mkdir(parents=True, exist_ok=True)
     def save(name): plt.savefig(path/name, bbox_inches='tight', dpi=110); plt.close('all')
@@ -149,14 +150,23 @@ def normx_demo(
     print(f'Backbone:  {s.source}\nExpects:   mean {s.mean}, std {s.std}')
     set_seed(42)
     learn = _demo_learner()
+    learn.add_cbs([StatsMatch(), ActivationLogger()])
     print(f'Data:      {len(learn.dls.train_ds)} training and {len(learn.dls.valid_ds)} validation tiles of {len(learn.dls.vocab)} photographs\nTraining:  1 epoch with the body frozen, then {epochs} of all of it', flush=True)
     learn.dls.show_batch(max_n=12, nrows=3, figsize=(8,6)); save('batch.png')
     learn.logger = lambda o: print('           train loss {1:.3f}, valid loss {2:.3f}, accuracy {3:.1%}, {4}'.format(*o), flush=True)
     with nullcontext() if sys.stdout.isatty() else learn.no_bar(): learn.fine_tune(epochs, 3e-3)
+    log,seen = learn.activation_logger,learn.stats_match_cb.report
+    learn.remove_cbs([log, learn.stats_match_cb])
+    print(f'Input:     {seen.outcome}, says StatsMatch after {len(seen.observed)} images: {_pair(seen.applied)}')
+    print(f'Layers:    {log.to_df().layer.nunique()}, logged every batch by ActivationLogger')
+    log.plot(); save('layers.png')
     with learn.no_bar(): acc = learn.validate()[1]
     print(f'\nAccuracy:  {acc:.1%}, with the constants the backbone expects\n\nThe same model, validated with')
     accs = _accuracies(learn)
     for k,v in accs.items(): print(f'  {k:34} {v:.1%}')
+    learn.dls.normalize_for(imagenet_stats)
+    print('\nWhat `learn.stats_match()` says to the second of these:\n', learn.stats_match(warn=False).findings[0], sep='')
+    learn.dls.normalize_for(learn)
     with learn.no_bar(): learn.show_results(max_n=12, nrows=3, figsize=(8,7))
     save('results.png')
     ax = plt.subplots(figsize=(7,2.2))[1]
@@ -164,13 +174,14 @@ def normx_demo(
     ax.bar_label(bars, fmt='{:.1%}', padding=3)
     ax.set(xlim=(0,1.1), xlabel='validation accuracy', title='One model, three Normalize'); ax.spines[['top','right']].set_visible(False)
     save('constants.png')
-    print(f'\nPictures:  {path}/batch.png, results.png, constants.png')
+    print(f'\nPictures:  {path}/batch.png, layers.png, results.png, constants.png')
 
-# %% ../nbs/05_cli.ipynb #08fd1252
+# %% ../nbs/05_cli.ipynb #e10b30bc
 _commands = dict(expected=normx_expected, check=normx_check, demo=normx_demo)
 
 def main():
     "Run `normx COMMAND ...`"
+    warnings.filterwarnings('ignore', category=FutureWarning)
     name,*rest = sys.argv[1:] or ['--help']
     if name not in _commands:
         usage = 'usage: normx COMMAND [-h] ...\n\n' + '\n'.join(f'  {k:10}{f.__doc__}' for k,f in _commands.items())

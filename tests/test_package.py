@@ -50,7 +50,7 @@ def test_importing_has_no_effect_beyond_the_patches():
         print(sorted(state() - before))
         print(sorted(m for m in set(sys.modules) - mods if m.partition('.')[0] in ('timm', 'transformers', 'open_clip', 'skimage')))'''
     new, optional = map(ast.literal_eval, python(code, check=True).stdout.strip().splitlines())
-    assert sorted(new) == [('DataLoaders', 'normalize_for'), ('Normalize', '__call__'), ('Normalize', 'from_data'), ('Normalize', 'from_pretrained')]
+    assert sorted(new) == [('DataLoaders', 'normalize_for'), ('DataLoaders', 'stats_match'), ('Learner', 'stats_match'), ('Normalize', '__call__'), ('Normalize', 'from_data'), ('Normalize', 'from_pretrained')]
     assert optional == []
 
 
@@ -74,7 +74,7 @@ def test_wheel_holds_the_package_and_its_requirements(built):
     z = zipfile.ZipFile(whl)
     names = [n for n in z.namelist() if '.dist-info' not in n]
     assert {Path(n).parts[0] for n in names} == {'fastai_normx'}
-    assert {'fastai_normx/expected.py', 'fastai_normx/normalize.py', 'fastai_normx/cli.py', 'fastai_normx/all.py'} <= set(names)
+    assert {'fastai_normx/expected.py', 'fastai_normx/normalize.py', 'fastai_normx/match.py', 'fastai_normx/activations.py', 'fastai_normx/cli.py', 'fastai_normx/all.py'} <= set(names)
     meta = z.read(next(n for n in z.namelist() if n.endswith('METADATA'))).decode()
     needs = {re.split(r'[^\w-]', r)[0] for r in re.findall('^Requires-Dist: (.*)$', meta, re.M) if 'extra ==' not in r}
     assert needs == {'fastai', 'torch', 'fastcore'}
