@@ -221,9 +221,9 @@ def _expect(expected, model, n_in=None):
         E = NormStats(*[[v/scale for v in (o*3 if len(o)==1 else o)] for o in inside[1:]], f'the model ({inside[0]}) normalizes inside and')
     return _at_input(E, inside),inside
 
-# %% ../nbs/03b_evidence.ipynb #4c6367ff
+# %% ../nbs/03b_evidence.ipynb #20c4e6a8
 def _harm(E, A):
-    "Estimated share of a frozen backbone's answers that is spoiled if pixels meant for the constants `E` are normalized with `A`"
+    "Estimated share of accuracy that a pretrained model loses, without training, if pixels meant for the constants `E` are normalized with `A`"
     from scipy.special import ndtri
     (m,s),(n,t) = (np.array(list(o), dtype=float) for o in (E,A))
     ref_m,ref_s = (np.array(o or d)[:,None] for o,d in ((E.ref_mean, [.46]*len(m)), (E.ref_std, [.27]*len(m))))

@@ -30,7 +30,7 @@ from .evidence import _View,_applied_all,_blue,_cases,_expect,_fit,_harm,_impact
 
 _all_ = ['infer_normalization']
 
-# %% ../nbs/03_match.ipynb #4d7409b7
+# %% ../nbs/03_match.ipynb #1232e1ac
 class StatsMatchWarning(UserWarning): "What reaches the model is not what its backbone expects"
 
 _severities = 'error','warning','note'
@@ -42,11 +42,11 @@ class Finding:
     severity:str # 'error': a fault; 'warning': very likely one; 'note': nothing to mend in the pipeline
     message:str # What is wrong, how sure that is, what it costs
     fix:str # The line of code that mends it, or what to do
-    harm:float=0. # Estimated share of a frozen backbone's answers that it spoils, 0 to 1
+    harm:float=0. # Estimated share of accuracy that it costs a pretrained model that is used as it is, 0 to 1
 
     def __str__(self): return f'{self.message}\nFix: {self.fix}'
 
-# %% ../nbs/03_match.ipynb #2b2d4504
+# %% ../nbs/03_match.ipynb #1330a2ca
 def _who(E):
     "The backbone that expects `E`, and who says so"
     lib,_,name = E.source.partition(': ')
@@ -71,7 +71,7 @@ def _fault(A, E, inside=None):
 
 def _cost(harm, impact):
     "The sentence that says what a fault costs"
-    if not impact: return f'With frozen BatchNorm it costs about {harm:.0%} of the accuracy (estimated from measurements on EfficientNet-Lite0).' if harm>=.005 else ''
+    if not impact: return f'Without training it costs a pretrained model about {harm:.0%} of its accuracy (estimated from measurements on EfficientNet-Lite0).' if harm>=.005 else ''
     changed = f'{impact["changed"]:.0%} of its top answers change and ' if 'changed' in impact else ''
     return f'With the expected input, on {impact["n"]} images, {changed}the cosine distance between the outputs is {impact["cosine_distance"]:.2f}.'
 
@@ -412,14 +412,20 @@ def stats_match(
     if warn and r.outcome=='mismatch': _warn('\n'.join(str(f) for f in r.findings if f.severity!='note'), StatsMatchWarning)
     return r
 
-# %% ../nbs/03_match.ipynb #585f5cad
+# %% ../nbs/03_match.ipynb #fa62218c
 @patch
-def stats_match(self:DataLoaders, expected, **kwargs)->MatchReport:
+def stats_match(self:DataLoaders,
+    expected, # The backbone: all that `expected_stats` takes
+    **kwargs # As for the function `stats_match`
+)->MatchReport:
     "`stats_match` of these loaders for the backbone `expected`"
     return stats_match(self, expected, **kwargs)
 
 @patch
-def stats_match(self:Learner, expected=None, **kwargs)->MatchReport:
+def stats_match(self:Learner,
+    expected=None, # The backbone: all that `expected_stats` takes; None: the learner's own
+    **kwargs # As for the function `stats_match`
+)->MatchReport:
     "`stats_match` of this learner's data, for its own backbone unless another is given"
     return stats_match(self, expected, **kwargs)
 

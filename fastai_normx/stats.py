@@ -99,7 +99,10 @@ def _state(n, m, sq, lo, hi, bad):
 # %% ../nbs/00_stats.ipynb #6525ca61
 class ChannelStats:
     "Statistics of images' channels that add up: `ChannelStats.of(batch)`, then `+`"
-    def __init__(self, items:int=0, state:dict=None): self._items,self._s = items,state or _zeros(0)
+    def __init__(self,
+        items:int=0, # Number of images
+        state:dict=None # Sums over their pixels, as `of` makes them; None: of no images
+    ): self._items,self._s = items,state or _zeros(0)
     def __len__(self): return self._items
     def __eq__(self, o): return isinstance(o, ChannelStats) and self.to_dict()==o.to_dict()
 

@@ -122,7 +122,7 @@ def test_warning_names_everything_and_points_here():
     with pytest.warns(StatsMatchWarning) as ws: stats_match(loader(tiles()/255), 'resnet18')
     w, = [w for w in ws if issubclass(w.category, StatsMatchWarning)]
     assert w.filename == __file__
-    for part in ('not normalized', 'resnet18.a1_in1k (timm', 'mean (0.485, 0.456, 0.406)', 'read off the values (confidence 0.9', '% of the accuracy', 'transforms.Normalize((0.485'): assert part in str(w.message)
+    for part in ('not normalized', 'resnet18.a1_in1k (timm', 'mean (0.485, 0.456, 0.406)', 'read off the values (confidence 0.9', '% of its accuracy', 'transforms.Normalize((0.485'): assert part in str(w.message)
 
 
 def test_report_as_text_html_frame_and_plot():
