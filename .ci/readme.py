@@ -1,5 +1,5 @@
-"Write README.md from nbs/index.ipynb, without Quarto"
-import re
+"Write README.md from nbs/index.ipynb, without Quarto, and the picture in it from the tutorial that draws it"
+import base64, re
 from pathlib import Path
 
 from fastcore.nbio import dict2nb, read_nb
@@ -25,4 +25,12 @@ def readme():
     body = re.sub(r'\]\(([\w/]+\.(?:ipynb|png))\)', r'](nbs/\1)', body)
     return '<!-- Made from nbs/index.ipynb by .ci/readme.py: edit that -->\n\n' + re.sub(r'\n{3,}', '\n\n', body).strip() + '\n'
 
-if __name__ == '__main__': (root/'README.md').write_text(readme(), encoding='utf-8')
+def picture():
+    "The first picture in the saved outputs of the tutorial"
+    nb = read_nb(root/'nbs/tutorials/why_normalize.ipynb')
+    return base64.b64decode(next(o.data['image/png'] for c in nb.cells for o in c.get('outputs', []) if 'image/png' in o.get('data', {})))
+
+if __name__ == '__main__':
+    (root/'README.md').write_text(readme(), encoding='utf-8')
+    (root/'nbs/images').mkdir(exist_ok=True)
+    (root/'nbs/images/why_normalize.png').write_bytes(picture())
