@@ -251,12 +251,12 @@ def to_df(self:MatchReport):
     cols |= two('observed', (o.mean,o.std)) | dict(margin=o.margin()[0]) | two('raw', self.raw and (self.raw.mean,self.raw.std))
     return pd.DataFrame({k:torch.as_tensor(v).tolist() for k,v in cols.items()}).rename_axis('channel')
 
-# %% ../nbs/03_match.ipynb #b868a071
+# %% ../nbs/03_match.ipynb #41ab8f55
 @patch
 def __str__(self:MatchReport):
     "What is wrong, how to mend it, and the numbers"
     import textwrap
-    fill = lambda t, ind='': textwrap.fill(t, 110, initial_indent=ind, subsequent_indent=ind, break_long_words=False, break_on_hyphens=False)
+    fill = lambda t, ind='': textwrap.fill(t, 84, initial_indent=ind, subsequent_indent=ind, break_long_words=False, break_on_hyphens=False)
     res = [f'{self.outcome}' + (f': {self.kind}' if self.kind else '') + f' ({len(self.observed)} images, {_who(self.expected)})']
     for f in self.findings: res += ['', fill(f'{f.severity}: {f.message}'), fill(f'fix: {f.fix}', '  ')]
     if self.reason: res += ['', fill(self.reason)]
@@ -280,9 +280,11 @@ def _code(s):
     "`s` as HTML, with what stands between backticks as code"
     return ''.join(f'<code>{escape(o)}</code>' if i%2 else escape(o) for i,o in enumerate(s.split('`')))
 
-# %% ../nbs/03_match.ipynb #c8036837
+# %% ../nbs/03_match.ipynb #4b5398ee
 @patch
-def plot(self:MatchReport, figsize=None):
+def plot(self:MatchReport,
+    figsize:tuple=None # Width and height in inches; None: by the number of channels
+):
     "For each channel the values at the model's input, and what they should be: mean and std of the pixels of pretraining, and the range from black to white"
     import matplotlib.pyplot as plt
     n,E,o = len(self.observed.mean),self.expected,self.observed
