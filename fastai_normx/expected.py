@@ -10,7 +10,7 @@ __all__ = ['ExpectedStatsWarning', 'NormStats', 'expected_stats']
 # %% ../nbs/01_expected.ipynb #163f9f93
 import dataclasses,difflib,json,math,os,re,sys,warnings
 from enum import Enum
-from functools import partial,singledispatch
+from functools import cache,partial,singledispatch
 from importlib import import_module
 from importlib.metadata import version,PackageNotFoundError
 from numbers import Integral,Real
@@ -181,16 +181,21 @@ def _report_conflict(s, arch):
     return dataclasses.replace(s, notes=s.notes+(msg,))
 
 # %% ../nbs/01_expected.ipynb #827c3b2b
+@cache
+def _builders():
+    "`{weights class: builder name}` of torchvision"
+    from torchvision import models as M
+    return {M.get_model_weights(n):n for n in M.list_models()}
+
 def _from_weights(w):
     "Constants of a torchvision weights entry"
-    from torchvision import models as M
     t = w.transforms()
     if not hasattr(t, 'mean'): raise ValueError(f'The transforms of torchvision {w} state no mean and std: ' + (
         'optical flow models take pixels in [-1,1], so pass ((.5,.5,.5), (.5,.5,.5)).' if type(t).__name__=='OpticalFlow'
         else 'detection models normalize inside. Give them pixels in [0,1] and no `Normalize`.'))
     s = _from_transform(t)
     s = NormStats(*s, f"{_lib('torchvision')}: {w}", *_ref(w.name))
-    arch = {M.get_model_weights(n):n for n in M.list_models()}.get(type(w))
+    arch = _builders().get(type(w))
     if not _converts_input(arch): return _report_conflict(s, arch) if w.name=='IMAGENET1K_V1' else s
     msg = (f"torchvision's {arch} takes these constants and converts them to 0.5 / 0.5 in its forward (`transform_input=True`); a body cut from it, "
            'as in `vision_learner`, does not, and expects 0.5 / 0.5: use `dls.normalize_for(learn)`, or pass ((.5,.5,.5), (.5,.5,.5))')
@@ -203,7 +208,7 @@ def _tv_weights(name):
     from torchvision import models as M
     if name in M.list_models(): return _from_weights(M.get_model_weights(name).DEFAULT)
     cls,_,entry = name.partition('.')
-    ws = {type(w).__name__:type(w) for n in M.list_models() for w in [M.get_model_weights(n).DEFAULT]}
+    ws = {w.__name__:w for w in _builders()}
     if cls not in ws: return
     if entry and entry not in ws[cls].__members__: raise ValueError(
         f"torchvision's {cls} has no entry {entry!r}. Its entries: {', '.join(ws[cls].__members__)}")
