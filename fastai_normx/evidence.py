@@ -32,12 +32,12 @@ def _pick(b, n, dim=1):
     ts = [t for t in _leaves(b) if t.ndim in (4,5) and ('float' in str(t.dtype) or 'uint8' in str(t.dtype))]
     return next((t for t in ts if t.shape[dim]==n), ts[0] if ts else None)
 
-# %% ../nbs/03b_evidence.ipynb #e3b99b50
+# %% ../nbs/03b_evidence.ipynb #a4ec8c63
 class _View:
     "What batches show at the model's input: statistics, some of their pixels, the constants inferred from them"
     def __init__(self, n_items=512, dim=1):
         self.n_items,self.dim,self.stats,self.inferred,self.odd = n_items,dim,ChannelStats(),None,None
-        self.batch,self._kept,self._pixels,self._means,self._looks,self.settled = None,[],[],[],0,False
+        self.batch,self._kept,self._pixels,self._means,self._looks,self.settled,self.ndim = None,[],[],[],0,False,4
 
     def __len__(self): return len(self.stats)
     @property
@@ -54,7 +54,7 @@ class _View:
     @property
     def means(self): "Mean of each image, `[N,C]`"; return torch.cat(self._means)
 
-# %% ../nbs/03b_evidence.ipynb #52be1c80
+# %% ../nbs/03b_evidence.ipynb #8bae2461
 @patch
 def add(self:_View, x):
     "Look at a batch as the model gets it"
@@ -62,6 +62,7 @@ def add(self:_View, x):
     if not x.is_floating_point(): x = x.float()
     if len(self) and x.shape[self.dim]!=len(self.stats.mean): self.odd = len(self.stats.mean),x.shape[self.dim]
     if self.odd or not x.numel(): return
+    self.ndim = x.ndim
     v,g = x.movedim(self.dim, 1).flatten(2),torch.Generator().manual_seed(len(self))
     self.stats += ChannelStats.of(v)
     self._pixels.append(v[...,torch.randint(v.shape[-1], (64,), generator=g).to(v.device)].float().cpu())
@@ -134,7 +135,7 @@ def _cases(E):
         yield 'wrong_range',f'{k} on pixels divided by 255 twice',scale(c, 255)
     for (k,c),(l,d) in product(base.items(), base.items()): yield 'normalized_twice',f'both times with {k}' if k==l else f'with {k}, then with {l}',_compose(c, d)
 
-# %% ../nbs/03b_evidence.ipynb #02b9c0c2
+# %% ../nbs/03b_evidence.ipynb #259feed7
 def _holds_images(types):
     "Is there a `TensorImage`, on which `Normalize` acts, among the `_types` of a fastai loader?"
     if isinstance(types, dict): types = [*types, *types.values()]
@@ -160,12 +161,18 @@ def _pipeline(dl, n):
     return res
 
 def _surely_rgb(dl):
-    "Are the images opened by Pillow from files, so that their colours come as RGB?"
+    "Does Pillow open the images from files, so that their colours come as RGB?"
     ds = getattr(dl, 'dataset', None)
     while hasattr(ds, 'dataset'): ds = ds.dataset
-    its = getattr(ds, 'items', None)
-    if isinstance(dl, DataLoader): return its is not None and len(its)>0 and _is_file(its[0])
-    return getattr(getattr(ds, 'loader', None), '__module__', '')=='torchvision.datasets.folder'
+    if not isinstance(dl, DataLoader): return getattr(getattr(ds, 'loader', None), '__module__', '')=='torchvision.datasets.folder'
+    try:
+        tl = ds.tls[0]
+        x = tl.items.iloc[0] if hasattr(tl.items, 'iloc') else tl.items[0]
+        for f in tl.tfms.fs:
+            if _is_file(x) and 'create' in f.name: return True
+            if isinstance(x := f(x), (Tensor,np.ndarray)): return False
+    except Exception: pass  # a dataset of another make: we do not know
+    return False
 
 # %% ../nbs/03b_evidence.ipynb #e29d9774
 @dataclass(frozen=True)
@@ -194,22 +201,28 @@ def _applied_all(views, E):
     def doubt(v, A): return A and not A.strong and any(B and B.strong and not _same(A.stats, B.stats) and _fit(v, *B.stats).possible for B in As.values())
     return {k:None if doubt(views[k][0], A) else A for k,A in As.items()}
 
-# %% ../nbs/03b_evidence.ipynb #27980a83
+# %% ../nbs/03b_evidence.ipynb #c79432c4
+def _first_layers(m, name=''):
+    "`(name, module)` of `m`, of its first child, of that one's first child, and so on"
+    yield name or 'itself',m
+    for k,c in m.named_children():
+        yield from _first_layers(c, f'{name}.{k}'.strip('.'))
+        return
+
 def _in_model(model):
-    "`(name, mean, std)` of a layer of `model` that normalizes its input, or None"
-    for name,m in model.named_modules() if isinstance(model, nn.Module) else ():
+    "`(name, mean, std)` of the first layer of `model` if it normalizes its input, or None"
+    for name,m in _first_layers(model) if isinstance(model, nn.Module) else ():
         for k in ('pixel_','image_','')[:3 if type(m).__name__=='Normalize' else 2]:
             c = [getattr(m, f'{k}{o}', None) for o in ('mean','std')]
-            if any(o is None for o in c): continue
+            if not all(isinstance(o, (Tensor,list,tuple)) for o in c): continue
             c = [torch.as_tensor(o).detach().double().flatten().tolist() for o in c]
-            if len(c[0])==len(c[1]) and min(c[1])>0: return f'{name or "itself"}, {type(m).__name__}',tuple(c[0]),tuple(c[1])
+            if len(c[0])==len(c[1])==3 and min(c[1])>0: return f'{name}, {type(m).__name__}',tuple(c[0]),tuple(c[1])
 
 def _at_input(E, inside):
     "What must reach a model that expects `E` after the normalization `inside` it"
     _,m,s = inside
-    m,s = (o*E.n_in if len(o)==1 else o for o in (m,s))
     std = [a/b for a,b in zip(E.std, s)]
-    return dataclasses.replace(E, mean=[a-b*c for a,b,c in zip(E.mean, m, std)], std=std)
+    return dataclasses.replace(E, mean=[round(a-b*c, 6)+0. for a,b,c in zip(E.mean, m, std)], std=[round(o, 8) for o in std])
 
 def _expect(expected, model, n_in=None):
     "`(E, inside)`: `NormStats` of what must reach the model, and what normalizes inside it (or None)"
@@ -218,7 +231,7 @@ def _expect(expected, model, n_in=None):
     try: E = expected_stats(expected)
     except ValueError:
         scale = 255 if max(inside[1])>1 else 1
-        E = NormStats(*[[v/scale for v in (o*3 if len(o)==1 else o)] for o in inside[1:]], f'the model ({inside[0]}) normalizes inside and')
+        E = NormStats(*[[v/scale for v in o] for o in inside[1:]], f'the model ({inside[0]}) normalizes inside and')
     return _at_input(E, inside),inside
 
 # %% ../nbs/03b_evidence.ipynb #20c4e6a8
@@ -232,7 +245,7 @@ def _harm(E, A):
     beyond,dim = np.nanmean(abs(seen-seen.clip(0, 1))),np.nanmean(np.log2(t/s).clip(0)**2)
     return float(1 - 1/(1+beyond)*12/(12+dim))
 
-# %% ../nbs/03b_evidence.ipynb #d35ec6c1
+# %% ../nbs/03b_evidence.ipynb #40d45546
 @contextmanager
 def _evaluating(model):
     "`model` in evaluation mode, without gradients; every layer gets its own mode back"
@@ -244,13 +257,16 @@ def _evaluating(model):
         for m,t in modes: m.training = t
 
 def _impact(model, x, right):
-    "How the outputs of `model` for `right` differ from those for `x`: a dict with `n`, `cosine_distance` and `changed`, the share of different top-1 answers"
-    dev = next((p.device for p in model.parameters()), x.device)
-    with _evaluating(model): a,b = (_leaves(model(o.to(dev)))[0].float().flatten(1) for o in (x, right))
-    res = dict(n=len(x), cosine_distance=(1-nn.functional.cosine_similarity(a, b)).mean().item())
-    return res | (dict(changed=(a.argmax(1)!=b.argmax(1)).float().mean().item()) if a.shape[1]>1 else {})
+    "How the outputs of `model` for `right` differ from those for `x`: a dict with `n`, `cosine_distance` and, for classifiers, `changed`, the share of different top answers; empty if it cannot run on them"
+    p = next(model.parameters(), x)
+    try:
+        with _evaluating(model): a,b = (_leaves(model(o.to(p.device, p.dtype)))[0].float() for o in (x, right))
+        d = (1-nn.functional.cosine_similarity(a.flatten(1), b.flatten(1))).mean().item()
+    except Exception: return {}  # it needs other inputs as well, or gives no tensor
+    if not math.isfinite(d): return {}
+    return dict(n=len(x), cosine_distance=d) | (dict(changed=(a.argmax(1)!=b.argmax(1)).float().mean().item()) if a.ndim==2 and a.shape[1]>1 else {})
 
-# %% ../nbs/03b_evidence.ipynb #c0c8057c
+# %% ../nbs/03b_evidence.ipynb #cf142886
 def _bn_distance(model, x, k=5):
     "Mean distance of the first `k` BatchNorm inputs from the running means, in running stds; None without BatchNorm"
     ds = []
@@ -266,8 +282,9 @@ def _bn_distance(model, x, k=5):
 
 def _model_says_swapped(model, x):
     "Does `model` know images better with red and blue exchanged? By its BatchNorms, else by how sure its answers are. None: it cannot tell"
-    x = x.to(next((p.device for p in model.parameters()), x.device))
-    (a,p),(b,q) = (_bn_distance(model, o) for o in (x, x.flip(1)))
+    p = next(model.parameters(), x)
+    try: (a,p),(b,q) = (_bn_distance(model, o.to(p.device, p.dtype)) for o in (x, x.flip(1)))
+    except Exception: return  # it needs other inputs as well
     if a is not None: return None if max(a, b)<1.1*min(a, b) else bool(a>b)
     if not isinstance(p, Tensor) or p.ndim!=2 or p.shape[1]<100: return
     d = q.float().softmax(1).amax(1)-p.float().softmax(1).amax(1)

@@ -7,7 +7,7 @@ Docs: https://fastai.github.io/fastai_normx/match.html.md"""
 # %% auto #0
 __all__ = ['StatsMatchWarning', 'Finding', 'MatchReport', 'stats_match', 'StatsMatch', 'infer_normalization']
 
-# %% ../nbs/03_match.ipynb #39d28fca
+# %% ../nbs/03_match.ipynb #a1f56c72
 import dataclasses,math,random
 from dataclasses import dataclass
 from html import escape
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fasttransform import Pipeline
@@ -75,7 +76,7 @@ def _cost(harm, impact):
     changed = f'{impact["changed"]:.0%} of its top answers change and ' if 'changed' in impact else ''
     return f'With the expected input, on {impact["n"]} images, {changed}the cosine distance between the outputs is {impact["cosine_distance"]:.2f}.'
 
-# %% ../nbs/03_match.ipynb #5966a5fa
+# %% ../nbs/03_match.ipynb #195f6fc3
 @dataclass(frozen=True)
 class _Where:
     "How a user's code calls the data and the backbone"
@@ -86,8 +87,9 @@ class _Where:
         if self.dls and A and A.in_pipeline: return f'`{self.dls}.normalize_for({self.source})`'
         once = f'normalize once, pixels in [0,1], with {_pair(E)}'
         if not any(E.mean): return 'leave out the normalization before the model: it takes pixels in [0,1]'
+        if self.dls and A and max(A.stats.std)<.02: return f'let `IntToFloatTensor` in batch_tfms divide the pixels by 255, then `{self.dls}.normalize_for({self.source})`'
         if not self.dls: return f'{once}: `transforms.Normalize({_short(E.mean)}, {_short(E.std)})` after `transforms.ToTensor()`'
-        return f'something besides the `Normalize` of this pipeline changes the images, in the dataset, a transform or a callback: take it out, then `{self.dls}.normalize_for({self.source})`'
+        return f'the dataset, another transform or a callback changes the images, not only the `Normalize` of this pipeline: take that out, then `{self.dls}.normalize_for({self.source})`'
 
 # %% ../nbs/03_match.ipynb #b6f09866
 def _code_of(expected, E):
@@ -95,14 +97,15 @@ def _code_of(expected, E):
     if expected is None: return 'learn'
     return repr(expected) if isinstance(expected, str) else f'({_short(E.mean)}, {_short(E.std)})'
 
-# %% ../nbs/03_match.ipynb #3ebfd4b5
+# %% ../nbs/03_match.ipynb #ad46ea1b
 def _look_odd(v, E, where):
     "Findings about channels and values that no constants could mend"
     n,c = v.stats,len(v.stats.mean)
+    if v.ndim==5 and c==1 and E.n_in>1: return [Finding('channel_count', 'error', 'The batches have an axis too many: 5, with one channel on axis 1.', 'a `Normalize` is made for batches: move it from item_tfms to batch_tfms. For video pass `dim=2`', 1.)]
     if v.odd: return [Finding('channel_count', 'error', f'The batches have {v.odd[0]} channels, and then {v.odd[1]}.', 'convert all images to one mode, for example `im.convert("RGB")`', 1.)]
     if c!=E.n_in: return [Finding('channel_count', 'error', f'The images have {c} channel(s) on axis {v.dim}, and {_who(E)} expects {E.n_in}.',
         'for a model made with `n_in=1` pass its constants, `expected_stats(source, n_in=1)`; for any other load the images as RGB' if c==1 else
-        'move the channels to axis 1, or pass `dim=`' if c>16 else 'load the images as RGB, or pass `expected_stats(source, n_in, extra)` for a model with more inputs', 1.)]
+        'move the channels to axis 1, or pass `dim=`' if c>16 else 'give one mean and std for each channel, or load the images as grey' if E.n_in==1 else 'load the images as RGB, or pass `expected_stats(source, n_in, extra)` for a model with more inputs', 1.)]
     res,bad,still = [],int(n.nonfinite.sum()),n.max-n.min<1e-5*(1+n.max.abs())
     if bad: res.append(Finding('non_finite', 'error', f'{bad} of {bad+int(n.count.sum())} values that reach the model are NaN or infinite ({len(v)} images): every output that sees them is NaN.',
                                'look at the transforms that divide or take a logarithm, and at the files behind these images: `torch.isfinite(x).all()`', 1.))
@@ -111,29 +114,29 @@ def _look_odd(v, E, where):
         'look at how the images are loaded: a band that is missing is often filled with zeros', .3))
     return res
 
-# %% ../nbs/03_match.ipynb #b2fde261
+# %% ../nbs/03_match.ipynb #a1fb71a5
 def _beyond(v, E):
     "A finding if the values cannot come from pixels in [0,1] that were normalized with `E`, whatever was done to them instead; or None"
     if _fit(v, *E).near>=.95: return
-    could = {k:w for k,w,c in _cases(E) if _fit(v, *c).fills}
-    kind = next(iter(could)) if len(could)==1 else 'wrong_range' if _fit(v, *E).span>10 else 'wrong_stats'
+    could = {k:w for k,w,c in _cases(E) if (f := _fit(v, *c)).fills and f.ends}
+    kind = 'wrong_range' if _fit(v, *E).span>10 else next(iter(could)) if len(could)==1 else 'wrong_stats'
     lo,hi = (_short([(e-m)/s for m,s in zip(*E)]) for e in (0,1))
     return Finding(kind, 'error', f'The values do not fit: they go from {_short(v.stats.min.tolist())} to {_short(v.stats.max.tolist())}, and pixels in [0,1] that are normalized with what '
-        f'{_who(E)} expects go from {lo} to {hi}. ' + (f'Possible causes: {"; ".join(could.values())}.' if could else 'No known constants explain them.'),
+        f'{_who(E)} expects go from {lo} to {hi}. ' + (f'It could be: {"; ".join(could.values())}.' if could else 'No known constants explain them; strong noise, or pixels that are not 8-bit, might.'),
         f'show the model pixels in [0,1], normalized once with {_pair(E)}', .5)
 
-# %% ../nbs/03_match.ipynb #406c83bf
+# %% ../nbs/03_match.ipynb #6170d946
 def _look_order(v, E, model, rgb):
     "A finding if red and blue seem to be exchanged, or None"
     if E.n_in!=3 or not (b := _blue(v, E)): return
     mean,z = (-o if E.mean[0]<E.mean[2]-.02 else o for o in b)  # some backbones expect BGR
     if z>-2 or mean>-.02: return
+    if rgb: return Finding('domain_shift', 'note', f'The images are unusually blue: red minus blue is {mean:.3f} on average. They are read as RGB.', 'nothing: the constants are right')
     said = _model_says_swapped(model, v.batch) if model is not None and v.batch is not None and v.dim==1 else None
     if said is False or not (said or z<-3.5): return
     why = f'blue is brighter than red by {-mean:.3f} on average over {len(v.means)} images (z = {-z:.1f}), and photographs are the other way round'
-    if rgb and not said: return Finding('domain_shift', 'note', f'The images are unusually blue: {why}. They are read as RGB.', 'nothing: the constants are right')
-    sure = ', and this model knows them better with red and blue exchanged.' if said else '. Images of sky, water or stained tissue can look like this in the right order.'
-    return Finding('channel_order', 'error' if said else 'warning', f'The channels seem to be in the wrong order (BGR instead of RGB): {why}{sure}',
+    agrees = '; this model, too, knows them better with red and blue exchanged' if said else ''
+    return Finding('channel_order', 'warning', f'The channels seem to be in the wrong order (BGR instead of RGB): {why}{agrees}. Images of sky, water or stained tissue look like this in the right order.',
         'OpenCV loads BGR: `cv2.cvtColor(im, cv2.COLOR_BGR2RGB)`, or for a batch `x.flip(1)`', .11)
 
 def _look_shift(v, E, model):
@@ -157,7 +160,7 @@ def _look_content(views, E, model):
         both.batch = v.batch if both.batch is None else both.batch
     return _look_order(both, E, model, all(rgb for *_,rgb in views.values())) or _look_shift(both, E, model)
 
-# %% ../nbs/03_match.ipynb #75fc5437
+# %% ../nbs/03_match.ipynb #252876f7
 @dataclass(repr=False)
 class MatchReport:
     "What reaches a model, compared with what its backbone expects"
@@ -181,22 +184,22 @@ def _outcome(findings, As):
     if any(f.severity!='note' for f in findings): return 'mismatch'
     return 'ok' if all(As) else 'cannot tell'
 
-_reason = ('The values do not show what was done to them: there is no pipeline to read, they lie on no lattice of 8-bit levels, and the darkest and the brightest of them '
+_reason = ('The values do not show what was done to them: there is no pipeline that could have made them, they lie on no lattice of 8-bit levels, and the darkest and the brightest of them '
            'are not black and white. Look at images before augmentation, or at more of them (`n_items`).')
 
-# %% ../nbs/03_match.ipynb #f689462b
+# %% ../nbs/03_match.ipynb #35b48379
 def _judge(v, A, E, where, inside=None, model=None):
     "`(findings, impact)` for one view, whose pixels were normalized with `A` (None: unknown)"
     fs,impact = _look_odd(v, E, where),{}
     if any(f.kind=='channel_count' for f in fs) or not (v.stats.count>0).all(): return fs,impact
-    if not A: return fs+[f for f in [_beyond(v, E)] if f],impact
+    if not A: return fs or [f for f in [_beyond(v, E)] if f],impact
     if not _same(A.stats, E, .02):
         kind,lead = _fault(A, E, inside)
         harm = _harm(E, A.stats)
         if model is not None and v.batch is not None:
             c = [torch.tensor(o, dtype=v.batch.dtype, device=v.batch.device).view(-1, *[1]*(v.batch.ndim-v.dim-1)) for o in (*A.stats, *E)]
             impact = _impact(model, v.batch, (v.batch*c[1]+c[0]-c[2])/c[3])
-        fs.append(Finding(kind, 'error', ' '.join(filter(None, (lead, f'{_who(E)} expects {_pair(E)}.', f'How we know: {A.stats.source}.', _cost(harm, impact)))), where.mend(E, A), harm))
+        fs.append(Finding(kind, 'error', ' '.join(filter(None, (lead, f'{_who(E)[0].upper()+_who(E)[1:] if inside else _who(E)} expects {_pair(E)}.', f'How we know: {A.stats.source}.', _cost(harm, impact)))), where.mend(E, A), harm))
     return fs,impact
 
 # %% ../nbs/03_match.ipynb #f750a58f
@@ -303,7 +306,7 @@ def plot(self:MatchReport,
     fig.legend(*axs[0,0].get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False)
     return fig
 
-# %% ../nbs/03_match.ipynb #b1e5b19e
+# %% ../nbs/03_match.ipynb #d53e234d
 def _file_batches(fs, E, broken, deep):
     "Image files as a right pipeline would hand them to the model, 64 x 64 pixels of each; what cannot be read goes to `broken`, names of files with more than 8 bits to `deep`"
     from PIL import Image
@@ -317,19 +320,20 @@ def _file_batches(fs, E, broken, deep):
         yield ((torch.from_numpy(np.array(im)).view(64, 64, -1).permute(2, 0, 1)/255-m)/s)[None]
 
 def _after_callbacks(learn, batches):
-    "What callbacks make of `batches` before they reach `learn.model` in validation"
-    cbs,was = learn.cbs,learn.__dict__.get('training', None)
-    learn.cbs = cbs.filter(lambda o: hasattr(o, 'before_batch') and o.name not in ('mixed_precision','activation_logger','stats_match_cb'))
+    "What callbacks make of `batches` before they reach `learn.model` in validation; as they are for callbacks that need a fit"
+    was = {k:vars(learn)[k] for k in ('cbs','training','xb','yb') if k in vars(learn)}
+    learn.cbs = learn.cbs.filter(lambda o: hasattr(o, 'before_batch') and o.name not in ('mixed_precision','activation_logger','stats_match_cb'))
     learn.training = False
     try:
         for b in batches:
             learn._split(b)
-            learn('before_batch')
+            xb = learn.xb
+            try: learn('before_batch')
+            except Exception: learn.xb = xb
             yield learn.xb
     finally:
-        learn.cbs = cbs
-        if was is None: del learn.training
-        else: learn.training = was
+        for k in ('xb','yb'): vars(learn).pop(k, None)
+        vars(learn).update(was)
 
 def _batches(dl, n_items):
     "Batches of `dl` as it hands them out, in random order if it can"
@@ -373,9 +377,10 @@ def _view_files(data, E, n_items, seed=0):
     return v,[Finding('wrong_range', 'error', f'{len(deep)} of {len(v)} files hold more than 8 bits for a pixel, for example {deep[0]}: Pillow\'s `convert("RGB")` clips them at 255.',
         'scale them to 8 bits first, `np.asarray(im)/257` for 16 bits', .8)] if deep else []
 
-# %% ../nbs/03_match.ipynb #446e22e9
+# %% ../nbs/03_match.ipynb #a6a4b58e
 def _check_data(data):
-    if hasattr(data, '__iter__') and not isinstance(data, dict) or isinstance(data, (Learner,DataLoaders,ChannelStats,Path)): return
+    if hasattr(data, '__iter__') and not isinstance(data, dict) or isinstance(data, (Learner,ChannelStats,Path,Dataset)) or isinstance(data, DataLoaders) and data.loaders: return
+    if isinstance(data, DataLoaders): raise ValueError('This DataLoaders holds no loader: there is nothing to look at')
     raise ValueError(f'stats_match cannot read {type(data).__name__}. It takes a DataLoaders, a Learner, a fastai or PyTorch loader, an iterable of batches, one batch of images, '
                      'a ChannelStats, an image folder or a list of image files.')
 
@@ -396,7 +401,7 @@ def stats_match(
     dls = data.dls if isinstance(data, Learner) else data if isinstance(data, DataLoaders) else None
     if dls is not None and not _mendable(dls): dls = None
     where = _Where(dls and ('dls' if dls is data else 'learn.dls'),
-                   _code_of(None if expected is data else expected, E))
+                   _code_of(E if inside else None if expected is data else expected, E))
     _check_data(data)
     extra,is_files = [],_is_file(data) or (isinstance(data, (list,L)) and len(data)>0 and _is_file(data[0]))
     with no_random():
@@ -411,6 +416,7 @@ def stats_match(
         f'stats_match found no images in {", ".join(k for k,(v,*_) in views.items() if not len(v))}: expected float or 8-bit batches [N,C,H,W] or [N,C,T,H,W]. For one image pass `x[None]`.')
     r = _report(views, E, inside, where, model, dls, extra)
     if is_files and r.applied: r.applied = dataclasses.replace(E, source='assumed, since image files come before any pipeline')
+    for v,*_ in views.values(): v.batch = None  # the report shall not keep images alive
     if warn and r.outcome=='mismatch': _warn('\n'.join(str(f) for f in r.findings if f.severity!='note'), StatsMatchWarning)
     return r
 
@@ -431,7 +437,7 @@ def stats_match(self:Learner,
     "`stats_match` of this learner's data, for its own backbone unless another is given"
     return stats_match(self, expected, **kwargs)
 
-# %% ../nbs/03_match.ipynb #f84d8d07
+# %% ../nbs/03_match.ipynb #05c4e123
 class StatsMatch(Callback):
     "Warn, once for each cause, if the batches that reach the model are not what its backbone expects"
     order,name = 55,'stats_match_cb' # after `Recorder` and the callbacks that wrap the model; `learn.stats_match` is the method
@@ -453,6 +459,7 @@ class StatsMatch(Callback):
     def after_validate(self): self._try(self._decide)
     def after_fit(self):
         if self._hook: self._hook.remove()
+        for v in (self._views or {}).values(): v.batch,v._kept = None,[]
         self._views = self._hook = None
 
 # %% ../nbs/03_match.ipynb #21a3b3f2
@@ -471,14 +478,14 @@ def _tell(self:StatsMatch, cause, msg):
     self._said.add(cause)
     _warn(msg, StatsMatchWarning)
 
-# %% ../nbs/03_match.ipynb #f8240333
+# %% ../nbs/03_match.ipynb #47493d21
 @patch
 def _start(self:StatsMatch):
     "Find what the backbone expects"
     o,learn = self.backbone,self.learn
     self._expected = _expect(learn if o is None else o, learn.model)
     self._dls = learn.dls if _mendable(learn.dls) else None
-    self._where = _Where(self._dls and 'learn.dls', _code_of(o, self._expected[0]))
+    self._where = _Where(self._dls and 'learn.dls', _code_of(self._expected[0] if self._expected[1] else o, self._expected[0]))
     self._views = {k:_View(self.n_items, self.axis) for k in (True,False)}
 
 @patch
