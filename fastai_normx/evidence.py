@@ -174,13 +174,19 @@ def _surely_rgb(dl):
     except Exception: pass  # a dataset of another make: we do not know
     return False
 
-# %% ../nbs/03b_evidence.ipynb #e29d9774
+# %% ../nbs/03b_evidence.ipynb #76036a9a
 @dataclass(frozen=True)
 class _Applied:
     "The constants that pixels in [0,1] were normalized with, and how we know"
     stats:NormStats
     in_pipeline:bool # Did the transforms that fastai knows of do all of it?
     strong:bool # More than one end of the range speaks for it
+
+def _on_lattice(c, i):
+    "Can the constants `c` have made the lattice of `i`, an `InferredStats` or None? Its std divides theirs then"
+    if not i or min(i.on_lattice)<.9: return True
+    k = np.array(c[1])/np.array(i.std)
+    return bool((np.isnan(k)|((abs(k-np.rint(k))<.01*k)&(k>.9))).all())
 
 def _applied(view, E, pipe=None):
     "What was done to the pixels in `view`: as the values say, else as `pipe`, the pipeline, says, else as black and white say; or None"
@@ -189,7 +195,7 @@ def _applied(view, E, pipe=None):
     if view.sure and all(map(math.isfinite, i.mean)): return found(i, f'read off the values (confidence {i.confidence:.2f})')
     if known and _fit(view, *pipe).possible: return found(pipe, 'read off the pipeline')
     if len(view.stats.mean)!=E.n_in: return
-    fits = [(f.ends,c) for c in [tuple(E), *(c for *_,c in _cases(E))] if (f := _fit(view, *c)).fills and f.ends]
+    fits = [(f.ends,c) for c in [tuple(E), *(c for *_,c in _cases(E))] if _on_lattice(c, i) and (f := _fit(view, *c)).fills and f.ends]
     most = max((n for n,_ in fits), default=0)
     best = [c for n,c in fits if n==most]
     if best and all(_same(c, best[0]) for c in best): return found(best[0], 'black and white are where these constants put them', most==2)
