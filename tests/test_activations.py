@@ -46,7 +46,7 @@ def is_clean(learn):
     al = learn.activation_logger
     assert n_hooks(learn.model) == 0
     assert '_with_events' not in vars(learn)
-    assert not al._rec or not (al._rec._bufs or al._rec._plans or al._rec._gens or al._rec._handles)
+    assert not al._rec or not (al._rec._bufs or al._rec._plans or al._rec._gens)
     return True
 
 
@@ -308,8 +308,10 @@ def test_exact_equals_float64_numpy(a, bad):
     for k in stats: assert got[k] == pytest.approx(want[k], rel=1e-9, abs=1e-9*(abs(shift)+scale)), k
     ok = x.numpy()[np.isfinite(x.numpy())]
     edges, H = A._edges(rec.record[2][0]), rec.record[1][0]
+    if x.numel() > 4096:  # histograms are of a sample
+        assert abs(H.sum()/4096 - len(ok)/x.numel()) < .05 and 20 <= np.ptp(np.flatnonzero(H)) + 45
+        return
     assert H.sum() == len(ok)
-    lo, hi = edges[0], edges[-1]
     far = np.abs(ok-ok.mean()) > 8*ok.std()
     assert np.array_equal(np.histogram(ok[~far], edges)[0][1:-1], H[1:-1]) and 20 <= np.ptp(np.flatnonzero(H)) + 45
 
@@ -394,7 +396,7 @@ def test_every_element_is_as_likely(shape, stride, axis):
     flat, n, reps = x.as_strided((x.numel(),), (1,)), x.numel(), 400
     count = torch.zeros(n)
     for _ in range(reps):
-        idx, C, K, _ = A._places(x.shape, x.stride(), axis, 1024, lambda *s: torch.rand(*s, generator=g, dtype=torch.float64))
+        idx, C, K = A._places(x.shape, x.stride(), axis, 1024, lambda *s: torch.rand(*s, generator=g, dtype=torch.float64))
         assert len(idx) == 1024
         count.index_add_(0, flat[idx], torch.ones(1024))
         if C: assert (torch.bincount(torch.unravel_index(flat[idx[:C*K]], shape)[axis]) == K).all()
