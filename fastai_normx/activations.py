@@ -38,7 +38,6 @@ def _draw(dims, k, c, rand):
     for n,s in reversed(dims): off,q = off+q%n*s,q//n
     return off
 
-# %% ../nbs/04_activations.ipynb #b86086db
 def _places(shape, stride, axis, size, rand, chans=None):
     "Offsets of `size` random elements, or of all; and `C` and `K`: the first `[K,C]` are `K` from each of `C` channels"
     dims,size = list(zip(shape, stride)),min(size, prod(shape))
@@ -384,24 +383,17 @@ def _empty(rows, hist):
 # %% ../nbs/04_activations.ipynb #aa6eb24f
 def _merge_hists(a, ea, b, eb):
     "Counts of `a` and `b` on bins wide enough for both: widths are powers of two, edges multiples of them, so nothing is split"
-    na,nb = a.any(1),b.any(1)
-    def rng(c, eo, e):
-        s = 2.**(eo[:,0]-e)
-        k = np.arange(_bins)
-        f,l = (c>0).argmax(1),_bins-1-(c[:,::-1]>0).argmax(1)
-        return np.floor((eo[:,1]+f)*s),np.floor((eo[:,1]+l)*s)
-    e = np.where(na & nb, np.maximum(ea[:,0], eb[:,0]), np.where(nb, eb[:,0], ea[:,0]))
+    parts = [(c, eo[:,:1], eo[:,1:]+np.arange(_bins)) for c,eo in ((a,ea),(b,eb))]
+    e = np.max([np.where(c.any(1, keepdims=True), x, -100) for c,x,_ in parts], 0)
     while True:
-        (fa,la),(fb,lb) = rng(a, ea, e),rng(b, eb, e)
-        first = np.where(na & nb, np.minimum(fa, fb), np.where(nb, fb, fa))
-        wide = np.where(na & nb, np.maximum(la, lb)-first, 0)>=_bins
-        if not wide.any(): break
+        I = [np.floor(i*2.**(x-e)) for _,x,i in parts]
+        first = np.min([np.where(c>0, i, np.inf).min(1, keepdims=True) for (c,*_),i in zip(parts, I)], 0)
+        last = np.max([np.where(c>0, i, -np.inf).max(1, keepdims=True) for (c,*_),i in zip(parts, I)], 0)
+        if not (wide := last-first>=_bins).any(): break
         e = e+wide
-    out,r = np.zeros((len(a),_bins), np.int64),np.arange(len(a))[:,None]
-    for c,eo in ((a,ea),(b,eb)):
-        I = np.floor((eo[:,1:]+np.arange(_bins))*2.**(eo[:,:1]-e[:,None]))-first[:,None]
-        np.add.at(out, (r, I.clip(0, _bins-1).astype(int)), c)
-    return out,np.stack([e,first], 1).astype(np.int64)
+    out,r,first = np.zeros((len(a),_bins), np.int64),np.arange(len(a))[:,None],np.where(np.isfinite(first), first, 0)
+    for (c,*_),i in zip(parts, I): np.add.at(out, (r, (i-first).clip(0, _bins-1).astype(int)), c)
+    return out,np.concatenate([e,first], 1).astype(np.int64)
 
 # %% ../nbs/04_activations.ipynb #2da527d8
 def _merge(a, b):
@@ -501,7 +493,6 @@ def _frame(names, metas, recs, grads=False):
     if grads: d |= {f'grad_{k}':o.ravel()[ran] for k,o in _columns(V[:,n:]).items() if k in ('mean','std','min','max','nonfinite')}
     return pd.DataFrame(d)
 
-# %% ../nbs/04_activations.ipynb #8eca47a5
 @patch
 def to_df(self:ActivationRecorder): # A `DataFrame`
     "The last record: a row for each layer that ran"
@@ -627,8 +618,8 @@ class ActivationLogger(Callback):
 
     def __getstate__(self):
         "Settings only: an exported learner carries no records, and no open files"
-        keep = 'layers every valid hists sample alerts grads keep'.split()
-        return {k:vars(self)[k] for k in keep} | dict(to=self.to if isinstance(self.to, (str,Path)) else None)
+        keep = 'learn layers every valid hists sample alerts grads keep'.split()
+        return {k:v for k,v in vars(self).items() if k in keep} | dict(to=self.to if isinstance(self.to, (str,Path)) else None)
 
     def __setstate__(self, d):
         vars(self).update(d, _outs=_sinks(d['to']))

@@ -1,5 +1,5 @@
 "ActivationLogger where a reader would be bored: every way in which monitors break, exits, exactness, bias, memory, sinks."
-import copy, dataclasses, gc, math, pickle, threading, warnings, weakref
+import copy, dataclasses, gc, math, threading, warnings, weakref
 
 import numpy as np
 import pandas as pd
@@ -758,18 +758,30 @@ def test_nothing_shadows_the_learner_or_the_model():
         learn.fit(1)
 
 
+class Items(list):
+    def new_empty(self): return Items()
+
+
 def test_export_and_copy(tmp_path):
     from fastai.learner import load_learner
     learn = get_learner(cbs=ActivationLogger(to=[lambda df: None], layers='[01]'), path=tmp_path)
     learn.fit(1)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', UserWarning)
-        learn.dls.train.dataset = list(learn.dls.train.dataset)
-        again = pickle.loads(pickle.dumps(learn.activation_logger))
-    assert again.layers == '[01]' and again.to is None
-    with pytest.raises(ValueError, match='Nothing is recorded'): again.to_df()
+        warnings.simplefilter('ignore')
+        for dl in learn.dls.loaders: dl.dataset = Items(dl.dataset)
+        learn.logger = None  # a lambda of these tests, which cannot be pickled
+        learn.export('a.pkl')
+        again = load_learner(tmp_path/'a.pkl')
+    al, x = again.activation_logger, torch.randn(2, 3, 16, 16)
+    assert al.layers == '[01]' and al.to is None and n_hooks(again.model) == 0
+    assert torch.equal(again.model.eval()(x), learn.model.eval()(x))
+    assert len(again.get_preds(dl=get_learner().dls.valid)[0]) == 16  # the callback is there, and silent
+    with pytest.raises(ValueError, match='Nothing is recorded'): al.to_df()
+    again.dls, again.logger = get_learner().dls, lambda *a: None
+    again.fit(1)
+    assert len(al.stats) == 6
     copy.deepcopy(learn.activation_logger).reset()
-    assert n_hooks(learn.model) == 0
+    assert n_hooks(learn.model) == 0 and len(learn.activation_logger.stats) == 6
 
 
 def test_mixed_precision_and_accumulation():
