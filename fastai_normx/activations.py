@@ -9,12 +9,13 @@ __all__ = ['ActivationWarning', 'ActivationLoggerWarning', 'ActivationRecorder',
 
 # %% ../nbs/04_activations.ipynb #0d83209e
 import sys,threading,weakref
-from collections import namedtuple
+from collections import Counter,namedtuple
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import fields,is_dataclass
 from fnmatch import fnmatchcase
 from functools import partial,reduce
-from math import prod
+from math import gcd,prod
 from pathlib import Path
 
 import numpy as np
@@ -28,40 +29,24 @@ from fastai.learner import Recorder
 from .expected import _warn
 
 # %% ../nbs/04_activations.ipynb #ad93394a
-def _offsets(q, dims):
-    "Memory offsets of the positions `q` in `dims`, (size, stride) of each axis"
-    off = 0
-    for n,s in reversed(dims[1:]):
-        r = q//n
-        off,q = off+(q-r*n)*s,r
-    return off+q*dims[0][1] if dims else q*0
+def _draw(dims, k, c, rand):
+    "Memory offsets `[k,c]` of random positions in `dims`, (size, stride) of each axis: one in each of `k` strata of equal length"
+    dims = sorted(dims, key=lambda o: -o[1])
+    n,u = prod(o[0] for o in dims),rand(k, c)
+    q = ((u*(k<n) + torch.arange(k, dtype=u.dtype, device=u.device)[:,None])*(n/k)).long().clamp_(max=n-1)
+    off = torch.zeros_like(q)
+    for n,s in reversed(dims): off,q = off+q%n*s,q//n
+    return off
 
-def _merge_dims(dims):
-    "`dims` with those that lie in memory as one made one"
-    res = []
-    for n,s in sorted(dims, key=lambda o: -o[1]):
-        if res and res[-1][1]==n*s: res[-1] = (res[-1][0]*n,s)
-        elif n>1: res.append((n,s))
-    return res
-
-# %% ../nbs/04_activations.ipynb #b86086db
-def _places(shape, stride, axis, size, rand, n_ch=None):
-    "Offsets of `size` random elements, the first `[K,C]` of them `K` from each of `C` channels"
-    dims = list(zip(shape, stride))
-    cn,cs = dims[axis] if axis is not None else (1,0)
-    rest = _merge_dims([o for i,o in enumerate(dims) if i!=axis])
-    def draw(k, c, dims):
-        n = prod(o[0] for o in dims)
-        u = rand(k, c)
-        u += torch.arange(k, dtype=u.dtype, device=u.device)[:,None]
-        return _offsets((u*(n/k)).long().clamp_(max=n-1), dims)
-    c = np.arange(cn) if n_ch is None or n_ch>=cn else np.random.default_rng(int(rand(1, 1)*2**52)).permutation(cn)[:n_ch]
-    K = size//len(c)
-    if K<2 or axis is None: return draw(size, 1, _merge_dims(dims)).flatten(),None,0,c
-    off = draw(K, len(c), rest)
-    off = (off + torch.as_tensor(c, device=off.device)*cs).flatten()
-    if extra := size-len(off): off = torch.cat([off, draw(extra, 1, _merge_dims(dims)).flatten()])
-    return off,len(c),K,c
+def _places(shape, stride, axis, size, rand, chans=None):
+    "Offsets of `size` random elements, or of all; and `C` and `K`: the first `[K,C]` are `K` from each of `C` channels"
+    dims,size = list(zip(shape, stride)),min(size, prod(shape))
+    c = np.arange(shape[axis] if axis is not None else size) if chans is None else chans
+    C,K = len(c),size//len(c)
+    if K<2: return _draw(dims, size, 1, rand).flatten(),0,0
+    off = _draw(dims[:axis]+dims[axis+1:], K, C, rand)
+    off = (off + torch.as_tensor(c*dims[axis][1], device=off.device)).flatten()
+    return torch.cat([off, _draw(dims, size-C*K, 1, rand).flatten()]) if size>C*K else off,C,K
 
 # %% ../nbs/04_activations.ipynb #359f52bf
 _near = .05
@@ -85,194 +70,159 @@ def _moments(X):
 # %% ../nbs/04_activations.ipynb #7d0c42ef
 _bins = 64
 
-def _bin_width(mom):
-    "Exponent of the bins' width, and number of the first bin, for rows with these `_moments`"
+def _hist(X, mom):
+    "`[R,2+bins]` of rows with these `_moments`: exponent of the bins' width, number of the first bin, then the counts"
     n,m,var,lo,hi,_ = mom.unbind(1)
-    sd = var.clamp(min=0).sqrt()*8
+    R,k,sd = *X.shape,var.clamp(min=0).sqrt()*8
     lo,hi = torch.maximum(lo, m-sd).where(n>0, 0.),torch.minimum(hi, m+sd).where(n>0, 0.)
     e = torch.maximum((hi-lo)/(_bins-2), torch.maximum(lo.abs(), hi.abs())*2**-20).clamp(min=2.**-100).log2().ceil()
-    return e,(lo*torch.exp2(-e)).floor()
-
-def _hist(X, mom):
-    "`[R,2+bins]`: exponent and number of the first bin, then the counts"
-    R,(e,first) = len(X),_bin_width(mom)
-    I = X*torch.exp2(-e).to(X.dtype)[:,None]
-    bad = None if X.device.type=='cpu' and (mom[:,0]==X.shape[1]).all() else ~I.isfinite()
-    if bad is not None: I = I.nan_to_num_(0, 0, 0)
-    I = I.sub_(first.to(X.dtype)[:,None]).clamp_(0, _bins-1).int()
+    first = (lo*torch.exp2(-e)).floor()
+    I = (X*torch.exp2(-e).to(X.dtype)[:,None]).sub_(first.to(X.dtype)[:,None]).clamp_(0, _bins-1).int()
     I += torch.arange(0, R*_bins, _bins, dtype=torch.int32, device=X.device)[:,None]
-    if bad is not None: I = I.masked_fill_(bad, R*_bins)
-    I = I.flatten()
-    if X.device.type=='cpu': c = torch.bincount(I, minlength=R*_bins+1)
-    else: c = torch.zeros(R*_bins+1, device=X.device, dtype=mom.dtype).scatter_add_(0, I.long(), torch.ones_like(I, dtype=mom.dtype))
-    return torch.cat([e[:,None], first[:,None], c[:-1].view(R, _bins).to(mom.dtype)], 1)
+    cpu = X.device.type=='cpu'
+    if not cpu or (n<k).any(): I.masked_fill_(~X.isfinite(), R*_bins)
+    c = torch.bincount(I.flatten(), minlength=R*_bins+1) if cpu else torch.zeros(R*_bins+1, device=X.device).index_add_(0, I.flatten(), torch.ones_like(X).flatten())
+    return torch.cat([torch.stack([e,first], 1), c[:-1].view(R, _bins).to(mom.dtype)], 1)
 
 # %% ../nbs/04_activations.ipynb #eef96936
-def _still(X):
-    "Which channels of `[...,K,C]` do not vary"
-    lo,hi = X.amin(-2),X.amax(-2)
-    return (hi-lo <= 1e-6*torch.maximum(lo.abs(), hi.abs())) & (hi-lo).isfinite()
+def _still(lo, hi):
+    "Which channels with these extremes do not vary"
+    return (hi-lo <= 1e-6*(abs(lo)+abs(hi))) & (abs(hi-lo) < np.inf)
 
-# %% ../nbs/04_activations.ipynb #71d58793
 def _halves(X):
-    "Means and standard deviations `[...,2,2,C]` of the two halves of `[...,K,C]`"
-    X = X.double() if X.device.type!='mps' else X.float()
-    k = X.shape[-2]//2
-    H = torch.stack([X[...,:2*k:2,:], X[...,1:2*k:2,:]], -3)
-    return torch.stack([H.mean(-2), H.std(-2)*(1+1/(4*(k-1))) if k>1 else H.mean(-2)*torch.nan], -2)
+    "Means and standard deviations `[R,2,2,C]` of the two halves of `[R,K,C]`"
+    k = X.shape[1]//2
+    H = X[:,:2*k].unflatten(1, (k,2))
+    m = H.mean(1)
+    s = ((H-m[:,None]).square_().sum(1)/(k-1)).sqrt()*(1+1/(4*(k-1))) if k>1 else m*np.nan
+    return torch.stack([m,s], 2)
 
-# %% ../nbs/04_activations.ipynb #17e43c0f
-def _bn_dist(halves, ref, chans=None):
-    "How far a batch's channels are from the running statistics `ref`, in running standard deviations"
-    (m0,s0),(m1,s1) = halves
-    mu,sd,scale = ref if chans is None else [o[chans] for o in ref]
-    with np.errstate(all='ignore'): d2 = (((m0-mu)*(m1-mu) + (s0-sd)*(s1-sd))/scale**2).mean()
-    return np.sqrt(max(0., d2)) if np.isfinite(d2) else np.nan
+def _bn_dist(halves, ref):
+    "How far batches `[R,2,2,C]` are from running statistics `[R,3,C]`, in running standard deviations"
+    with np.errstate(all='ignore'): d = ((halves-ref[:,None,:2]).prod(1).sum(1)/ref[:,2]**2).mean(1)
+    return np.sqrt(np.where(np.isfinite(d), d, np.nan).clip(0))
 
 def _bn_ref(m):
-    "Running mean, standard deviation, and the scale to measure by, of a BatchNorm that was trained; or None"
+    "Running mean, standard deviation, and the scale to measure by, `[3,C]`, of a BatchNorm that was trained; or None"
     if not isinstance(m, _BatchNorm) or m.running_mean is None or (m.running_mean==0).all() and (m.running_var==1).all(): return
     mu,var = (o.detach().double().cpu().numpy() for o in (m.running_mean,m.running_var))
-    return mu,np.sqrt(var),np.sqrt(np.maximum(var, .01*var.mean())+m.eps)
+    return np.stack([mu, np.sqrt(var), np.sqrt(np.maximum(var, .01*var.mean())+m.eps)])
+
+# %% ../nbs/04_activations.ipynb #472c4174
+def _stats2d(X, ax):
+    "Means, variances, minima and maxima of `X` along `ax`, `[4,parts,n]`, the values in each of them, and the number near zero"
+    def part(R):
+        m = R.mean(ax, keepdim=True)
+        D = R-m
+        sq = torch.linalg.vector_norm(D, dim=1).square_() if ax else torch.mul(D, D, out=D).sum(0)
+        return [m.flatten(), sq/R.shape[ax], R.amin(ax), R.amax(ax)],torch.abs(R, out=D).le_(_near).sum()
+    blocks = X.split(max(1, 2**17//X.shape[1]))
+    S,near = zip(*map(part, blocks))
+    S = [torch.cat(s).numpy().astype(float).reshape(1 if ax else len(blocks), -1) for s in zip(*S)]
+    return np.stack(S),np.array([X.shape[1]] if ax else [len(b) for b in blocks], float),float(sum(o.double() for o in near))
+
+def _exact(x, axis):
+    "`_moments` `[C,6]` of each channel of all of `x`; all that are near zero are counted in the first, which is for their sum"
+    x = x if x.dtype in (torch.float32,torch.float64) else x.float()
+    C = x.shape[axis] if axis is not None else 1
+    if x.device.type=='cpu':
+        if axis==1 and x.ndim>2 and x.is_contiguous():
+            k,N = prod(x.shape[2:]),len(x)
+            X,ax,shape = (x.view(-1, k),1,(N,C,1)) if k>=64 else (x.view(N, -1),0,(1,C,k))
+        elif axis is None: X,ax,shape = x.reshape(1, -1),1,(1,1,1)
+        else:
+            X = x.movedim(axis, -1).reshape(-1, C)
+            r = gcd(len(X), 64) if C<64 else 1
+            X,ax,shape = X.reshape(-1, r*C),0,(r,C,1)
+        S,w,near = _stats2d(X, ax)
+        m,v,lo,hi = S.reshape(4, -1, *shape)
+        w,over = (w/w.sum()/shape[0]/shape[2])[:,None,None,None],(0,1,3)
+        mean = (w*m).sum(over)
+        res = np.stack([np.full(C, x.numel()/C), mean, (w*(v+(m-mean[:,None])**2)).sum(over), lo.min(over), hi.max(over), np.eye(1, C)[0]*near], 1)
+        if np.isfinite(res).all(): return torch.from_numpy(res)
+    X = x.movedim(axis, 0).flatten(1) if axis is not None else x.reshape(1, -1)
+    return _moments(X if X.device.type=='mps' else X.double())
 
 # %% ../nbs/04_activations.ipynb #7daa628e
-_Plan = namedtuple('_Plan', 'n idx C K chans span')
+_Plan = namedtuple('_Plan', 'n k idx C K chans span')
 
 class _Buffer:
     "Samples of one device's tensors, a row each, and what was computed from them"
-    def __init__(self, rows, size, device, hist):
-        self.hist,self.meta,self.done = hist,[],[]
-        if size: self.x = torch.empty(rows, size, device=device); self.rows = self.x.unbind(0)
+    def __init__(self, rows, size, device, dtype, hist, exact):
+        self.hist,self.exact,self.meta,self.done = hist,exact,[],[]
+        self.x = torch.empty(rows, size, device=device, dtype=dtype)
+        self.rows = self.x.unbind(0)
 
     def add(self, x, meta):
-        r,(_,idx,*_,span) = len(self.meta),meta[2]
+        p,row = meta[2],self.rows[len(self.meta)]
         self.meta.append(meta)
-        x = x.as_strided((span,), (1,))
-        if x.dtype==torch.float32: torch.index_select(x, 0, idx, out=self.rows[r])
-        else: self.rows[r].copy_(x.index_select(0, idx))
+        x,row = x.as_strided((p.span,), (1,)),row if len(p.idx)==len(row) else row[:len(p.idx)]
+        if x.dtype==row.dtype: torch.index_select(x, 0, p.idx, out=row)
+        else: row.copy_(x.index_select(0, p.idx))
         if len(self.meta)==len(self.rows): self.reduce()
+
+    def _groups(self, key):
+        "`meta` of the rows with the same `key`, and the rows"
+        groups = {}
+        for r,m in enumerate(self.meta): groups.setdefault(key(m), []).append(r)
+        for k,rows in groups.items(): yield k,[self.meta[r] for r in rows],self.x[:len(rows)] if len(groups)==1 else self.x[rows]
 
     def reduce(self):
         "Compute everything about the rows so far, for all of them at once"
-        if not self.meta: return
-        X,meta,self.meta = self.x[:len(self.meta)],self.meta,[]
-        self.done.append(('mom', meta, mom := _moments(X)))
-        if self.hist: self.done.append(('hist', meta, _hist(X, mom)))
-        groups = {}
-        for r,(_,bn,p,*_) in enumerate(meta):
-            if p.C: groups.setdefault((p.C,p.K,bn is not None), []).append(r)
-        for (C,K,bn),rows in groups.items():
-            ch,ms = X[rows][:,:C*K].view(len(rows), K, C),[meta[r] for r in rows]
-            self.done.append(('still', ms, _still(ch)))
-            if bn: self.done.append(('bn', ms, _halves(ch)))
+        for k,ms,X in self._groups(lambda m: len(m[2].idx)):
+            mom = _moments(X[:,:k])
+            if not self.exact: self.done.append(('mom', ms, mom))
+            if self.hist: self.done.append(('hist', ms, _hist(X[:,:k], mom)))
+        for (C,K,bn),ms,X in self._groups(lambda m: (m[2].C,m[2].K,m[1] is not None)) if not self.exact else ():
+            if not C: continue
+            X = X[:,:C*K].unflatten(1, (K,C))
+            self.done.append(('still', ms, _still(X.amin(1), X.amax(1))))
+            if bn: self.done.append(('bn', ms, _halves(X)))
+        self.meta = []
 
-# %% ../nbs/04_activations.ipynb #0ff5bb6c
-def _view2d(x, axis):
-    "`x` as `[rows,columns]` in memory order, and which of the two goes over the channels: their number, axis 0 or 1"
-    C = x.shape[axis] if axis is not None else 1
-    if axis==1 and x.is_contiguous() and x.ndim>2: return x.view(-1, prod(x.shape[2:])),C,0
-    x = x if axis is None or axis==x.ndim-1 else x.movedim(axis, -1)
-    return x.reshape(-1, C) if axis is not None else x.reshape(1, -1),C,int(axis is not None)
+    def fetch(self):
+        "All that was computed, in one copy to the host: (kind, meta of each row, array)"
+        self.reduce()
+        done,self.done = self.done,[]
+        if not done: return []
+        flat,at,res = torch.cat([t.flatten().to(self.x.device, torch.float32 if self.x.device.type=='mps' else torch.float64) for *_,t in done]).cpu().numpy(),0,[]
+        for k,ms,t in done: res.append((k, ms, flat[at:at+t.numel()].reshape(t.shape))); at += t.numel()
+        return res
 
-def _blocks(X): return X.split(max(1, 2**17//X.shape[1]))
-
-def _channels(X, C, ax):
-    "Per channel of the finite float `X` of `_view2d`: mean, variance, min, max, `[4,C]`; and the number of values near zero"
-    def part(R):
-        m = R.mean(1-ax, keepdim=True)
-        D = R-m
-        sq = torch.linalg.vector_norm(D, dim=1).square_() if ax==0 else torch.mul(D, D, out=D).sum(0)
-        return m.flatten(),sq/R.shape[1-ax],R.amin(1-ax),R.amax(1-ax),torch.abs(R, out=D).le_(_near).sum(dtype=torch.float64)
-    *ps,near = zip(*map(part, _blocks(X)))
-    m,v,lo,hi = (torch.cat(p).double().view(-1, C) for p in ps)
-    w = torch.tensor([len(b) for b in _blocks(X)], dtype=torch.float64)[:,None] if ax==1 else torch.ones(len(m), 1, dtype=torch.float64)
-    w = w/w.sum()
-    mean = (w*m).sum(0)
-    return torch.stack([mean, (w*(v+(m-mean)**2)).sum(0), lo.amin(0), hi.amax(0)]),sum(near)
-
-# %% ../nbs/04_activations.ipynb #472c4174
-def _big_hist(X, mom):
-    "`_hist` of all of `X`, on the CPU and finite, through 8-bit numbers of bins"
-    (e,first),c = _bin_width(mom),0
-    scale,first_ = (o.to(X.dtype) for o in (torch.exp2(-e),first))
-    for b in X.flatten().split(2**17): c += torch.bincount((b*scale).sub_(first_).clamp_(0, _bins-1).to(torch.uint8), minlength=_bins)
-    return torch.cat([e, first, c])[None]
-
-@patch
-def whole(self:_Buffer, x, axis, meta):
-    "The same of all of `x`, exactly"
-    if x.dtype not in (torch.float32,torch.float64): x = x.float()
-    (X,C,ax),ch = _view2d(x, axis),None
-    if x.device.type=='cpu': ch,near = _channels(X, C, ax)
-    fine = ch is not None and ch.isfinite().all()
-    if fine:
-        mean = ch[0].mean()
-        mom = torch.stack([torch.full_like(mean, X.numel()), mean, (ch[1]+(ch[0]-mean)**2).mean(), ch[2].min(), ch[3].max(), near])[None]
-    else: mom = _moments(X.reshape(1, -1))
-    res = [('mom', [meta], mom)] + [('hist', [meta], (_big_hist if fine else _hist)(X.reshape(1, -1), mom))]*self.hist
-    if axis is not None: res.append(('still', [meta], _still(x.movedim(axis, -1).flatten(0, -2) if ch is None else ch[2:])[None]))
-    self.done += res
-    return ch
-
-@patch
-def whole_bn(self:_Buffer, ch, meta):
-    "The means and standard deviations of a BatchNorm's input, from `_channels`"
-    self.done.append(('bn', [meta], torch.stack([ch[0],ch[1].sqrt()]).expand(1, 2, -1, -1)))
-
-@patch
-def fetch(self:_Buffer):
-    "All that was computed, in one copy to the host: (kind, meta of each row, array)"
-    self.reduce()
-    done,self.done = self.done,[]
-    if not done: return []
-    dtype = torch.float32 if done[0][2].device.type=='mps' else torch.float64
-    flat,at,res = torch.cat([t.to(dtype).flatten() for *_,t in done]).cpu().numpy(),0,[]
-    for k,ms,t in done: res.append((k, ms, flat[at:at+t.numel()].reshape(t.shape))); at += t.numel()
-    return res
-
-# %% ../nbs/04_activations.ipynb #40033d2d
+# %% ../nbs/04_activations.ipynb #06b8da42
 class ActivationWarning(UserWarning): "A layer's activations need a look"
 class ActivationLoggerWarning(UserWarning): "Something was not recorded or not written, and why"
 
-# %% ../nbs/04_activations.ipynb #06b8da42
 def _unwrap(model):
     "The model inside `torch.compile`, `DataParallel` and `DistributedDataParallel`"
-    while True:
-        inner = model.module if isinstance(model, (nn.DataParallel,nn.parallel.DistributedDataParallel)) else getattr(model, '_orig_mod', None)
-        if inner is None: return model
-        model = inner
+    inner = model.module if isinstance(model, (nn.DataParallel,nn.parallel.DistributedDataParallel)) else getattr(model, '_orig_mod', None)
+    return model if inner is None else _unwrap(inner)
 
-def _named(model):
-    "Modules by name, without what `torch.compile` adds to the names"
-    model = _unwrap(model)
-    return {n.replace('_orig_mod.', '').removesuffix('._orig_mod') or type(m).__name__:m for n,m in model.named_modules()}
-
-# %% ../nbs/04_activations.ipynb #216cef03
 def _default_layers(named):
     "Modules with parameters whose children have none; attention as a whole, since it does not call its children"
     whole = tuple(f'{n}.' for n,m in named.items() if isinstance(m, nn.MultiheadAttention))
     def own(m): return any(True for _ in m.parameters()) and not any(True for c in m.children() for _ in c.parameters())
     return [n for n,m in named.items() if n+'.' in whole or own(m) and not (whole and n.startswith(whole))]
 
+# %% ../nbs/04_activations.ipynb #d55eaeef
 def _matches(named, o):
     "Names of the modules that `o`, one of `layers`, stands for"
-    if isinstance(o, str): return [n for n in named if fnmatchcase(n, o)]
-    if isinstance(o, nn.Module): return [n for n,m in named.items() if m is _unwrap(o)]
-    if isinstance(o, type): return [n for n,m in named.items() if isinstance(m, o)]
-    if callable(o): return [n for n,m in named.items() if o(n, m)]
-    raise TypeError(f'`layers` takes names or patterns (`"0.*.conv?"`), types, modules, or a function of name and module; received {o!r}: see `model.named_modules()` for the names.')
+    f = (lambda n,m: fnmatchcase(n, o)) if isinstance(o, str) else (lambda n,m: m is _unwrap(o)) if isinstance(o, nn.Module) else \
+        (lambda n,m: isinstance(m, o)) if isinstance(o, type) else o
+    if not callable(f): raise TypeError(f'`layers` takes names or patterns (`"0.*.conv?"`), types, modules, or a function of name and module; received {o!r}: see `model.named_modules()` for the names.')
+    return [n for n,m in named.items() if f(n, m)]
 
-# %% ../nbs/04_activations.ipynb #d55eaeef
 def _select(model, layers):
     "The chosen modules of `model` by name, in the model's order"
-    named,found = _named(model),set()
-    if layers is None: found = set(_default_layers(named))
+    model = _unwrap(model)
+    named = {n.replace('_orig_mod.', '').removesuffix('._orig_mod') or type(m).__name__:m for n,m in model.named_modules()}
+    found = set(_default_layers(named) if layers is None else ())
     for o in [] if layers is None else layers if isinstance(layers, (list,tuple,set,L)) else [layers]:
         if not (hit := _matches(named, o)): raise ValueError(
-            f'`layers`: no module of this {type(_unwrap(model)).__name__} matches {o if isinstance(o, str) else getattr(o, "__name__", type(o).__name__)!r}. '
+            f'`layers`: no module of this {type(model).__name__} matches {o if isinstance(o, str) else getattr(o, "__name__", type(o).__name__)!r}. '
             f'Its {len(named)} modules are called {", ".join(list(named)[1:6])}, ...: see `model.named_modules()`.')
         found.update(hit)
-    if not found: raise ValueError(f'This {type(_unwrap(model)).__name__} has no module with parameters: name what to record, e.g. `layers="*"`.')
+    if not found: raise ValueError(f'This {type(model).__name__} has no module with parameters: name what to record, e.g. `layers="*"`.')
     return {n:m for n,m in named.items() if n in found}
 
 # %% ../nbs/04_activations.ipynb #b5367142
@@ -312,41 +262,67 @@ class ActivationRecorder:
         model:nn.Module, # Any model, compiled or wrapped for several devices too
         layers=None, # Names, patterns such as `'0.*.conv?'`, types, modules, or `f(name, module)->bool`; None: the innermost modules with parameters
         hist:bool=True, # Histograms too?
-        sample:int=4096, # Values looked at per layer and batch; None: all, exactly
+        sample:int=4096, # Values looked at per layer and batch; None: all, exactly, but for histograms, which are of 4096
         grads:bool=False # Also of the gradients with respect to the outputs?
     ):
-        self.model,self.layers,sample = model,_select(model, layers),_check_sample(sample)
-        self.names,self.hist,self.sample,self.grads = list(self.layers),hist,sample,grads
-        self.rules = [_axis_rule(m) for m in self.layers.values()]
-        self.refs = [_bn_ref(m) for m in self.layers.values()]
-        self.calls = np.zeros(2*len(self.names), int) # how often each was called; the second half are gradients
-        self.looked,self.still,self.record,self.problems,self.alive = {},{},None,{},False
-        self._lock,self._plans,self._gens,self._handles,self._draws = threading.Lock(),{},{},[],0
-        self._clear()
+        self.model,self.layers,self.sample = model,_select(model, layers),_check_sample(sample)
+        self.names,self.hist,self.grads = list(self.layers),hist,grads
+        self.rules,self.refs = [_axis_rule(m) for m in self.layers.values()],[_bn_ref(m) for m in self.layers.values()]
+        self.rows = len(self.names)*(1+grads)                 # the second half are gradients
+        self.calls = np.zeros(2*len(self.names), int)         # how often each was called
+        self.looked,self.still,self.record,self.problems = Counter(),{},None,{}
+        self._lock,self._on,self._draws,self._rng = threading.Lock(),ExitStack(),0,np.random.default_rng(0)
+        self._bufs = {}
+        self.free()
 
-    def _clear(self): self._bufs,self._last,self.alive = {},None,False
     def __repr__(self): return f'{type(self).__name__}: {len(self.names)} layers of {type(_unwrap(self.model)).__name__}'
     def __enter__(self): return self.start()
     def __exit__(self, *exc): self.stop(); self.collect()
+    def _clear(self):
+        self._last,self.alive,self._draws = None,False,self._draws+1
+        for b in self._bufs.values(): b.meta,b.done = [],[]
 
-# %% ../nbs/04_activations.ipynb #0e418ccc
-@patch
-def _rand(self:ActivationRecorder, *shape, device):
-    if device not in self._gens: self._gens[device] = torch.Generator(device).manual_seed(0)
-    return torch.rand(*shape, generator=self._gens[device], device=device, dtype=torch.float32 if device.type=='mps' else torch.float64)
+    def start(self):
+        "Hooks on"
+        self.stop()
+        self._clear()
+        self.alive = True
+        if self._compiled is None: self._compiled = _is_compiled(self.model)
+        for i,m in enumerate(self.layers.values()): self._on.callback(m.register_forward_hook(partial(self._saw, i)).remove)
+        if self._compiled and hasattr(torch.compiler, 'set_stance'): self._on.enter_context(torch.compiler.set_stance('force_eager'))
+        return self
 
+    def stop(self):
+        "Hooks off"
+        self._last = None
+        self._on.close()
+
+    def free(self):
+        "Hooks off, and nothing kept but the last record"
+        self.stop()
+        self._clear()
+        self._bufs,self._plans,self._gens,self._compiled = {},{},{},None
+
+def _is_compiled(model): return any(hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) is not None for m in model.modules())
+
+# %% ../nbs/04_activations.ipynb #d3fc52ca
 @patch
 def _plan(self:ActivationRecorder, key):
     "Where to look in tensors of this shape, layout and device"
     shape,stride,rule,only_bn,dev = key
-    n,axis = prod(shape),_axis(rule, len(shape))
-    if self.sample is None or n<=self.sample: p = _Plan(n, None, shape[axis] if axis is not None else 0, n//max(1, shape[axis]) if axis is not None else 0, None, 0)
-    else: p = _Plan(n, *_places(shape, stride, axis, self.sample, partial(self._rand, device=dev), self.sample//16 if only_bn else None),
-                    1+sum((k-1)*s for k,s in zip(shape, stride)))
-    self._plans[key] = p
+    n,axis,exact,chans = prod(shape),_axis(rule, len(shape)),self.sample is None,None
+    C,size,idx,span = shape[axis] if axis is not None else 0,self.sample or 4096,None,0
+    K = n//C if C else 0
+    if n and dev.type!='meta' and not (exact and (only_bn or not self.hist)):
+        if dev not in self._gens: self._gens[dev] = torch.Generator(dev).manual_seed(0)
+        rand = partial(torch.rand, generator=self._gens[dev], device=dev, dtype=torch.float32 if dev.type=='mps' else torch.float64)
+        if only_bn and n>size and C>size//16: chans = np.sort(self._rng.permutation(C)[:size//16])
+        idx,*ck = _places(shape, stride, axis, size, rand, chans)
+        span = 1+sum((k-1)*s for k,s in zip(shape, stride))
+        if not exact: C,K = ck
+    self._plans[key] = p = _Plan(n, n if exact else len(idx) if idx is not None else 0, idx, C, K, chans, span)
     return p
 
-# %% ../nbs/04_activations.ipynb #d3fc52ca
 @patch
 def _take(self:ActivationRecorder, x, row, rule, bn=None):
     "Note what is to be known of the tensor `x`; with `row` None it is the input of the BatchNorm `bn`, and that is all to know"
@@ -354,17 +330,14 @@ def _take(self:ActivationRecorder, x, row, rule, bn=None):
     key = x.shape,x.stride(),rule,row is None,dev
     with self._lock:
         p = self._plans.get(key) or self._plan(key)
-        b,meta = self._bufs.get(dev) or self._buffer(dev),[row,bn,p]
+        if not p.k or dev.type=='meta': return
+        if dev not in self._bufs:
+            dtype = torch.float64 if self.sample is None and dev.type!='mps' else torch.float32
+            self._bufs[dev] = _Buffer(max(8, self.rows), self.sample or 4096, dev, dtype, self.hist, self.sample is None)
+        b,meta = self._bufs[dev],[row,bn,p]
+        if self.sample is None: b.done.append(('exact', [meta], _exact(x, _axis(rule, x.ndim))))
         if p.idx is not None: b.add(x, meta)
-        elif not p.n or dev.type=='meta': return
-        elif row is not None: meta.append(b.whole(x, _axis(rule, x.ndim), meta))
-        else: b.whole_bn(_channels(*_view2d(x.float() if x.dtype!=torch.float64 else x, 1))[0], meta)
     return meta
-
-@patch
-def _buffer(self:ActivationRecorder, dev):
-    self._bufs[dev] = b = _Buffer(max(8, len(self.names)*(1+self.grads)), self.sample, dev, self.hist)
-    return b
 
 # %% ../nbs/04_activations.ipynb #346a0e5a
 @patch
@@ -373,107 +346,54 @@ def _saw(self:ActivationRecorder, i, m, inp, out):
     if not self.alive: return
     self.calls[i] += 1
     try:
-        if type(out) is Tensor and (self.refs[i] is None or type(inp[0]) is Tensor): self._look(i, inp, (out,))
-        else:
-            with torch._C.DisableTorchFunctionSubclass(): self._look(i, inp, _tensors(out))
+        with torch._C.DisableTorchFunctionSubclass():
+            if self.refs[i] is not None: self._see_input(i, inp[0])
+            for t in _tensors(out):
+                meta = self._take(t, i, self.rules[i])
+                self._last = weakref.ref(t),_version(t),meta
+                if self.grads and t.requires_grad: t.register_hook(partial(self._saw_grad, i, self._draws))
     except Exception as e: self.problems.setdefault(i, e)
 
-@patch
-def _look(self:ActivationRecorder, i, inp, outs):
-    if self.refs[i] is not None: self._see_input(i, inp[0])
-    for t in outs:
-        if not t.is_floating_point(): continue
-        meta = self._take(t, i, self.rules[i])
-        if self._has_bn: self._last = weakref.ref(t),t.is_inference() or t._version,meta
-        if self.grads and t.requires_grad: t.register_hook(partial(self._saw_grad, i, self._bufs))
+def _version(t): return t.is_inference() or t._version
 
-# %% ../nbs/04_activations.ipynb #65dbed2d
 @patch
 def _see_input(self:ActivationRecorder, i, x):
     "The input of BatchNorm `i`: most often it was just seen as the output of a convolution"
     last,self._last = self._last,None
-    if last and last[0]() is x and last[1]==(x.is_inference() or x._version) and last[2] and last[2][2].C==x.shape[1]:
-        meta = last[2]
-        if meta[2].idx is not None and meta[2].K>=8: meta[1] = i; return
-        if len(meta)>3 and meta[3] is not None: return self._bufs[x.device].whole_bn(meta[3], [None,i,meta[2]])
-    self._take(x, None, 1, bn=i)
+    if last and last[0]() is x and last[1]==_version(x) and (meta := last[2]) and meta[2].C==x.shape[1] and (self.sample is None or meta[2].K>=8): meta[1] = i
+    else: self._take(x, None, 1, bn=i)
 
 @patch
-def _saw_grad(self:ActivationRecorder, i, bufs, g):
-    "The gradient with respect to an output of layer `i`; `bufs` tells this batch's from another's"
-    if self._bufs is not bufs or g is None: return
+def _saw_grad(self:ActivationRecorder, i, draw, g):
+    "The gradient with respect to an output of layer `i`; `draw` tells this batch's from another's"
+    if self._draws!=draw or g is None: return
     self.calls[len(self.names)+i] += 1
     try:
         with torch._C.DisableTorchFunctionSubclass(): self._take(g, len(self.names)+i, self.rules[i])
     except Exception as e: self.problems.setdefault(i, e)
 
-# %% ../nbs/04_activations.ipynb #e48b5aa2
-def _is_compiled(model): return any(hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) is not None for m in model.modules())
-
-@patch
-def start(self:ActivationRecorder):
-    "Hooks on"
-    self.stop()
-    self._clear()
-    self.alive,self._has_bn = True,any(r is not None for r in self.refs)
-    self._handles = [m.register_forward_hook(partial(self._saw, i)) for i,m in enumerate(self.layers.values())]
-    if _is_compiled(self.model): self._handles.append(_Eager())
-    return self
-
-@patch
-def stop(self:ActivationRecorder):
-    "Hooks off"
-    hs,self._handles,self._last = self._handles,[],None
-    for h in hs: h.remove()
-
-# %% ../nbs/04_activations.ipynb #59f07ef0
-@patch
-def free(self:ActivationRecorder):
-    "Hooks off, and nothing kept but the last record"
-    self.stop()
-    self._clear()
-    self._plans,self._gens = {},{}
-
-class _Eager:
-    "Runs compiled models as they were written, so that hooks are called, until removed"
-    def __init__(self):
-        self.cm = torch.compiler.set_stance('force_eager') if hasattr(torch.compiler, 'set_stance') else None
-        if self.cm is not None: self.cm.__enter__()
-    def remove(self):
-        if self.cm is not None: self.cm.__exit__(None, None, None)
-        self.cm = None
-
-# %% ../nbs/04_activations.ipynb #b9f9564c
+# %% ../nbs/04_activations.ipynb #587de6e5
 _n,_mean,_var,_min,_max,_near0,_bad,_dead,_bn = range(9)
 
-# %% ../nbs/04_activations.ipynb #587de6e5
 def _empty(rows, hist):
     "A record of nothing: values `[rows,9]`, and histograms `[rows,bins]` with their exponents and first bins `[rows,2]`"
-    v = np.full((rows,9), np.nan)
-    v[:,[_n,_mean,_var,_near0,_bad]],v[:,_min],v[:,_max] = 0,np.inf,-np.inf
+    v = np.tile([0, 0, 0, np.inf, -np.inf, 0, 0, np.nan, np.nan], (rows,1))
     return (v,) + ((np.zeros((rows,_bins), np.int64),np.tile([-100,0], (rows,1))) if hist else ())
 
 # %% ../nbs/04_activations.ipynb #aa6eb24f
 def _merge_hists(a, ea, b, eb):
     "Counts of `a` and `b` on bins wide enough for both: widths are powers of two, edges multiples of them, so nothing is split"
-    na,nb = a.any(1),b.any(1)
-    def rng(c, eo, e):
-        s = 2.**(eo[:,0]-e)
-        k = np.arange(_bins)
-        f,l = (c>0).argmax(1),_bins-1-(c[:,::-1]>0).argmax(1)
-        return np.floor((eo[:,1]+f)*s),np.floor((eo[:,1]+l)*s)
-    e = np.where(na & nb, np.maximum(ea[:,0], eb[:,0]), np.where(nb, eb[:,0], ea[:,0]))
+    parts = [(c, eo[:,:1], eo[:,1:]+np.arange(_bins)) for c,eo in ((a,ea),(b,eb))]
+    e = np.max([np.where(c.any(1, keepdims=True), x, -100) for c,x,_ in parts], 0)
     while True:
-        (fa,la),(fb,lb) = rng(a, ea, e),rng(b, eb, e)
-        first = np.where(na & nb, np.minimum(fa, fb), np.where(nb, fb, fa))
-        wide = np.where(na & nb, np.maximum(la, lb)-first, 0)>=_bins
-        if not wide.any(): break
+        I = [np.floor(i*2.**(x-e)) for _,x,i in parts]
+        first = np.min([np.where(c>0, i, np.inf).min(1, keepdims=True) for (c,*_),i in zip(parts, I)], 0)
+        last = np.max([np.where(c>0, i, -np.inf).max(1, keepdims=True) for (c,*_),i in zip(parts, I)], 0)
+        if not (wide := last-first>=_bins).any(): break
         e = e+wide
-    out,r = np.zeros((len(a),_bins), np.int64),np.arange(len(a))[:,None]
-    for c,eo in ((a,ea),(b,eb)):
-        I = np.floor((eo[:,1:]+np.arange(_bins))*2.**(eo[:,:1]-e[:,None]))-first[:,None]
-        np.add.at(out, (r, I.clip(0, _bins-1).astype(int)), c)
-    return out,np.stack([e,first], 1).astype(np.int64)
+    out,r,first = np.zeros((len(a),_bins), np.int64),np.arange(len(a))[:,None],np.where(np.isfinite(first), first, 0)
+    for (c,*_),i in zip(parts, I): np.add.at(out, (r, (i-first).clip(0, _bins-1).astype(int)), c)
+    return out,np.concatenate([e,first], 1).astype(np.int64)
 
 # %% ../nbs/04_activations.ipynb #2da527d8
 def _merge(a, b):
@@ -494,45 +414,58 @@ def _merge(a, b):
 
 # %% ../nbs/04_activations.ipynb #33de00bc
 @patch
-def _dead_share(self:ActivationRecorder, row, p, still):
+def _dead_share(self:ActivationRecorder, row, K, still):
     "Count, for each channel, how many values in a row did not vary; the share of those with 256 or more"
-    c,n = self.still.get(row),self.looked.get(row, 0)+p.K
-    self.still[row] = c = (still if c is None or len(c)!=p.C else (c+p.K)*still) if c is not None else p.K*still
-    self.looked[row] = n
-    return (c>=256).mean() if n>=256 else np.nan
+    self.looked[row] += K
+    c = self.still.pop(row, 0)
+    if still.any(): self.still[row] = c = ((c if np.shape(c)==still.shape else 0)+K)*still
+    return (np.mean(c>=256) if still.any() else 0.) if self.looked[row]>=256 else np.nan
 
+def _as_rows(done):
+    "What was computed, with that of all of a layer's channels in the terms of a row"
+    for kind,ms,A in done:
+        if kind!='exact': yield kind,ms,A; continue
+        n,m,v,lo,hi,near = A.T
+        N = max(n.sum(), 1)
+        mean = (n*m).sum()/N
+        yield 'mom',ms,np.array([[n.sum(), mean, (n*(v+(m-mean)**2)).sum()/N, lo.min(), hi.max(), near.sum()]])
+        if ms[0][2].C: yield 'still',ms,_still(lo, hi)[None]
+        if ms[0][1] is not None: yield 'bn',ms,np.array([[[m,np.sqrt(v)]]*2])
+
+# %% ../nbs/04_activations.ipynb #ff568559
 @patch
 def collect(self:ActivationRecorder):
     "Compute the record of what was seen since `start`, free the memory, and return it; None if no layer ran"
     done = [o for b in self._bufs.values() for o in b.fetch()]
     self._clear()
-    self._draws += 1
-    for k in list(self._plans)[self._draws%8::8]: del self._plans[k]  # each place is drawn anew every 8 records
-    self.record = self._assemble(len(self.names)*(1+self.grads), done) if done else None
+    for k in list(self._plans)[self._draws//2%8::8]: del self._plans[k]  # each place is drawn anew every 8 records
+    self.record = self._assemble(done) if done else None
     return self.record
 
-# %% ../nbs/04_activations.ipynb #ff568559
 @patch
-def _assemble(self:ActivationRecorder, rows, done):
+def _assemble(self:ActivationRecorder, done):
     "One record from what was computed: several calls of a module are taken together"
-    dead,dists,calls,hists = {},{},[],[]
-    for kind,metas,A in done:
-        if kind=='mom': calls += zip(metas, A)
-        elif kind=='hist': hists += list(A)
+    calls,hists,dead,dists,nth = [],{},{},{},Counter()
+    for kind,ms,A in _as_rows(done):
+        if kind=='mom': calls += [(m,a) for m,a in zip(ms, A) if m[0] is not None]
+        elif kind=='hist': hists.update((id(m),a) for m,a in zip(ms, A))
+        elif kind=='still': dead.update((m[0],np.fmax(dead.get(m[0], np.nan), self._dead_share(m[0], m[2].K, a>0))) for m,a in zip(ms, A) if m[0] is not None)
         else:
-            for (row,bn,p,*_),a in zip(metas, A):
-                if kind=='still' and row is not None: dead[row] = np.fmax(dead.get(row, np.nan), self._dead_share(row, p, a))
-                elif kind=='bn': dists.setdefault(bn, []).append((_bn_dist(a, self.refs[bn], p.chans), p.n))
-    rec,left = _empty(rows, self.hist),[j for j,(m,_) in enumerate(calls) if m[0] is not None]
-    while left:
-        first = {calls[j][0][0]:j for j in reversed(left)}
-        r,js = list(first),list(first.values())
-        left = [j for j in left if first[calls[j][0][0]]!=j]
-        M,n = np.stack([calls[j][1] for j in js]),np.array([calls[j][0][2].n for j in js], float)
-        k,one = np.minimum(n, self.sample or np.inf),_empty(rows, self.hist)
-        one[0][r] = np.stack([n, *M[:,1:5].T, M[:,5]/k, 1-M[:,0]/k, n*np.nan, n*np.nan], 1)
-        if self.hist: H = np.stack([hists[j] for j in js]); one[1][r],one[2][r] = H[:,2:],H[:,:2]
-        rec = _merge(rec, one) if rec[0][:,_n].any() else one
+            ref = np.stack([r if p.chans is None else r[:,p.chans] for r,p in ((self.refs[bn],p) for _,bn,p in ms)])
+            for (_,bn,p),d in zip(ms, _bn_dist(A, ref)): dists.setdefault(bn, []).append((d,p.n))
+    rounds,rec = [],_empty(self.rows, self.hist)
+    for m,a in calls:
+        if nth[m[0]]==len(rounds): rounds.append([])
+        rounds[nth[m[0]]].append((m,a))
+        nth[m[0]] += 1
+    for j,o in enumerate(rounds):
+        r,k,n = np.array([(m[0],m[2].k,m[2].n) for m,_ in o]).T
+        M,one = np.stack([a for _,a in o]),_empty(self.rows, self.hist) if j else rec
+        one[0][r,:_dead] = np.column_stack([n, M[:,1:5], M[:,5]/k, 1-M[:,0]/k])
+        if self.hist:
+            H = np.stack([hists[id(m)] for m,_ in o])
+            one[1][r],one[2][r] = H[:,2:],H[:,:2]
+        if j: rec = _merge(rec, one)
     for i,d in dead.items(): rec[0][i,_dead] = d
     for i,d in dists.items(): rec[0][i,_bn] = np.average([a for a,_ in d], weights=[n for _,n in d])
     return rec
@@ -560,7 +493,6 @@ def _frame(names, metas, recs, grads=False):
     if grads: d |= {f'grad_{k}':o.ravel()[ran] for k,o in _columns(V[:,n:]).items() if k in ('mean','std','min','max','nonfinite')}
     return pd.DataFrame(d)
 
-# %% ../nbs/04_activations.ipynb #8eca47a5
 @patch
 def to_df(self:ActivationRecorder): # A `DataFrame`
     "The last record: a row for each layer that ran"
@@ -574,82 +506,72 @@ class _History:
     def __len__(self): return len(self.recs)
 
     def add(self, meta, rec):
-        if self.meta and self.meta[-1]['batches']<self.width: self.recs[-1],self.meta[-1] = _merge(self.recs[-1], rec),self._join(self.meta[-1], meta)
-        else: self.recs.append(_small(rec)); self.meta.append(dict(meta))
+        self.meta.append(dict(meta)); self.recs.append(_small(rec))
+        if len(self)>1 and self.meta[-2]['batches']<self.width: self._join(len(self)-2)
         if len(self)>self.keep:
-            two = range(0, len(self), 2)
-            self.meta = [self._join(*self.meta[i:i+2]) for i in two]
-            self.recs = [_small(_merge(*self.recs[i:i+2])) if i+1<len(self.recs) else self.recs[i] for i in two]
+            for i in range(len(self)//2): self._join(i)
             self.width *= 2
 
-    @staticmethod
-    def _join(a, b=None): return dict(a, batches=a['batches']+b['batches']) if b else a
+    def _join(self, i):
+        a,b = self.meta[i:i+2]
+        self.meta[i:i+2],self.recs[i:i+2] = [dict(a, batches=a['batches']+b['batches'])],[_small(_merge(*self.recs[i:i+2]))]
 
 def _small(rec): return (rec[0],) + tuple(o.astype(t) for o,t in zip(rec[1:], (np.uint32,np.int32)))
 
 # %% ../nbs/04_activations.ipynb #fb1d22cf
-class _CSV:
-    "Rows appended to a file, which is complete after every batch"
-    def __init__(self, path): self.path,self.new = Path(path),True
-    def __call__(self, df, **kw):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        df.to_csv(self.path, mode='w' if self.new else 'a', header=self.new, index=False)
-        self.new = False
+class _Sink:
+    def __init__(self, to, step=None): self.to,self.step,self.n,self.dfs = to,step,0,[]
     def flush(self): pass
 
-class _Parquet:
+class _Function(_Sink):
+    def __call__(self, df, names, rec, step): self.to(df)
+
+class _CSV(_Sink):
+    "Rows appended to a file, which is complete after every batch"
+    def __call__(self, df, names, rec, step):
+        self.to.parent.mkdir(parents=True, exist_ok=True)
+        df.to_csv(self.to, mode='a' if self.n else 'w', header=not self.n, index=False)
+        self.n += 1
+
+class _Parquet(_Sink):
     "A folder of Parquet files, each complete when it appears: `pandas.read_parquet(folder)` reads them as one table"
-    def __init__(self, path, every=64): self.path,self.every,self.dfs,self.n = Path(path),every,[],0
-    def __call__(self, df, **kw):
+    def __call__(self, df, names, rec, step):
         self.dfs.append(df)
-        if len(self.dfs)>=self.every: self.flush()
+        if len(self.dfs)>=64: self.flush()
     def flush(self):
         if not self.dfs: return
         import pandas as pd
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.to.mkdir(parents=True, exist_ok=True)
         if not self.n:
-            for f in self.path.glob('part-*.parquet'): f.unlink()
-        dfs,self.dfs = self.dfs,[]
-        tmp = self.path/f'_part-{self.n:05}'
+            for f in self.to.glob('part-*.parquet'): f.unlink()
+        (dfs,self.dfs),tmp = (self.dfs,[]),self.to/f'_part-{self.n:05}'
         pd.concat(dfs).to_parquet(tmp, index=False)
-        tmp.rename(self.path/f'part-{self.n:05}.parquet')
+        tmp.rename(self.to/f'part-{self.n:05}.parquet')
         self.n += 1
 
 # %% ../nbs/04_activations.ipynb #c25c0363
-def _points(df):
-    "`(tag, value)` of all numbers in a record's table"
-    for c in [c for c in df if c.removeprefix('grad_') in _cols]:
-        for split,layer,v in zip(df.split, df.layer, df[c]):
-            if v==v: yield f'{split}_{c}/{layer}',float(v)
-
 def _edges(eo): return np.ldexp(eo[1]+np.arange(_bins+1.), int(eo[0]))
 
-class _TensorBoard:
-    def __init__(self, writer): self.writer = writer
-    def __call__(self, df, names, rec, step):
-        for tag,v in _points(df): self.writer.add_scalar(tag, v, step)
-        if len(rec)==1 or df.empty: return
-        for i,n in enumerate(names):
-            c,edges,v = rec[1][i],_edges(rec[2][i]),rec[0][i]
-            if c.sum(): self.writer.add_histogram_raw(f'{df.split.iloc[0]}/{n}', min=v[_min], max=v[_max], num=int(c.sum()), sum=v[_mean]*c.sum(),
-                sum_squares=(v[_var]+v[_mean]**2)*c.sum(), bucket_limits=edges[1:].tolist(), bucket_counts=c.tolist(), global_step=step)
-    def flush(self): self.writer.flush()
+def _points(df):
+    "`{tag: value}` of all numbers in a record's table"
+    return {f'{split}_{c}/{layer}':float(v) for c in df if c.removeprefix('grad_') in _cols for split,layer,v in zip(df.split, df.layer, df[c]) if v==v}
 
-# %% ../nbs/04_activations.ipynb #b55fd818
-class _Wandb:
-    def __init__(self, run, step=None): self.run,self.step = run,step
-    def __call__(self, df, names, rec, step):
-        d = dict(_points(df), activation_step=step)
-        if len(rec)>1:
-            from wandb import Histogram as H
-            d |= {f'{df.split.iloc[0]}/{n}':H(np_histogram=(rec[1][i].tolist(), _edges(rec[2][i]).tolist())) for i,n in enumerate(names) if rec[1][i].any()}
-        self.run.log(d, **({} if self.step is None else dict(step=max(0, self.step))))
-    def flush(self): pass
+def _hists(df, names, rec):
+    "`(tag, row, counts, edges)` of all histograms in a record"
+    if len(rec)>1: yield from ((f'{df.split.iloc[0]}/{n}', rec[0][i], rec[1][i].tolist(), _edges(rec[2][i]).tolist()) for i,n in enumerate(names) if rec[1][i].any())
 
-class _Function:
-    def __init__(self, f): self.f = f
-    def __call__(self, df, **kw): self.f(df)
-    def flush(self): pass
+class _TensorBoard(_Sink):
+    def __call__(self, df, names, rec, step):
+        for tag,v in _points(df).items(): self.to.add_scalar(tag, v, step)
+        for tag,v,c,edges in _hists(df, names, rec): self.to.add_histogram_raw(tag, min=v[_min], max=v[_max], num=sum(c), sum=v[_mean]*sum(c),
+            sum_squares=(v[_var]+v[_mean]**2)*sum(c), bucket_limits=edges[1:], bucket_counts=c, global_step=step)
+    def flush(self): self.to.flush()
+
+class _Wandb(_Sink):
+    def __call__(self, df, names, rec, step):
+        from wandb import Histogram
+        d = _points(df) | {tag:Histogram(np_histogram=(c, edges)) for tag,_,c,edges in _hists(df, names, rec)}
+        self.to.log(d | dict(activation_step=step), **({} if self.step is None else dict(step=max(0, self.step))))
 
 # %% ../nbs/04_activations.ipynb #a92e8200
 def _sinks(to):
@@ -657,7 +579,7 @@ def _sinks(to):
     if to is None: return []
     if isinstance(to, (tuple,list,L)): return [s for o in to for s in _sinks(o)]
     if isinstance(to, (str,Path)):
-        if (ext := Path(to).suffix) in ('.csv','.parquet'): return [_CSV(to) if ext=='.csv' else _Parquet(to)]
+        if cls := {'.csv':_CSV, '.parquet':_Parquet}.get(Path(to).suffix): return [cls(Path(to))]
     elif hasattr(to, 'add_histogram_raw'): return [_TensorBoard(to)]
     elif hasattr(to, 'define_metric'): return [_Wandb(to)]
     elif callable(to): return [_Function(to)]
@@ -672,7 +594,7 @@ class ActivationLogger(Callback):
         every:int=1, # Record one batch in `every`
         valid:bool=True, # Validation batches too?
         hist:bool=True, # Histograms too?
-        sample:int=4096, # Values looked at per layer and batch; None: all, exactly
+        sample:int=4096, # Values looked at per layer and batch; None: all, exactly, but for histograms, which are of 4096
         to=None, # Where to write as well: path (.csv, .parquet), `SummaryWriter`, W&B run, function of a DataFrame, or a list of these
         alerts:bool=True, # Warn of non-finite, dead, exploding and vanishing activations?
         grads:bool=False, # Also the gradients with respect to the outputs, of training batches?
@@ -683,44 +605,43 @@ class ActivationLogger(Callback):
         if every is None: every = 1
         if not isinstance(every, int) or every<1: raise ValueError(f'`every` is a number of batches, 1 or more; received {every!r}.')
         if keep is not None and keep<2: raise ValueError(f'`keep` is a number of records, 2 or more, or None for all; received {keep!r}.')
-        self.layers,self.every,self.valid,self.hists,self.sample = modules if layers is None else layers,every,valid,hist if with_hist is None else with_hist,sample
-        self.to,self.alerts,self.grads,self.keep = to,alerts,grads,keep
-        _check_sample(sample)
-        self._outs = _sinks(to)
+        self.layers,self.every,self.valid,self.hists = modules if layers is None else layers,every,valid,hist if with_hist is None else with_hist
+        self.sample,self.to,self.alerts,self.grads,self.keep,self._outs = _check_sample(sample),to,alerts,grads,keep,_sinks(to)
         self.reset()
 
-# %% ../nbs/04_activations.ipynb #6477942f
-@patch
-def reset(self:ActivationLogger):
-    "Forget all records; the next `fit` starts anew"
-    self._whole,self._rec,self._guarded,self._open,self._now,self._fits,self._steps,self._step0 = False,None,None,None,None,-1,0,0
-    self._hist,self.found,self._said,self._first,self._runs = {'train':_History(self.keep or 10**9),'valid':_History(self.keep or 10**9)},L(),set(),None,{}
-    return self
+    def reset(self):
+        "Forget all records; the next `fit` starts anew"
+        self._rec = self._guarded = self._open = self._now = self._first = None
+        self._whole,self._fits,self._steps,self._step0 = False,-1,0,0
+        self._hist,self.found,self._said,self._runs = {o:_History(self.keep or 10**9) for o in ('train','valid')},L(),set(),{}
+        return self
 
+    def __getstate__(self):
+        "Settings only: an exported learner carries no records, and no open files"
+        keep = 'learn layers every valid hists sample alerts grads keep'.split()
+        return {k:v for k,v in vars(self).items() if k in keep} | dict(to=self.to if isinstance(self.to, (str,Path)) else None)
+
+    def __setstate__(self, d):
+        vars(self).update(d, _outs=_sinks(d['to']))
+        self.reset()
+
+# %% ../nbs/04_activations.ipynb #187ac64e
 @patch
 def before_fit(self:ActivationLogger):
-    self._detach()
+    self.after_fit()
     if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'): return
-    mods = list(_select(self.model, self.layers).items())
-    if self._rec is None or [(n,id(m)) for n,m in mods]!=[(n,id(m)) for n,m in self._rec.layers.items()]:
+    mods = _select(self.model, self.layers)
+    if self._rec is None or [(n,id(m)) for n,m in mods.items()]!=[(n,id(m)) for n,m in self._rec.layers.items()]:
         if self._rec is not None: self.reset()
         self._rec = ActivationRecorder(self.model, self.layers, self.hists, self.sample, self.grads)
-    self._rec.model = self.model
-    self._fits += 1
-    self._step0 = self._steps
-    self._attach()
-
-# %% ../nbs/04_activations.ipynb #8b2cdb90
-@patch
-def _attach(self:ActivationLogger):
-    "Wrap the learner's event loop for this fit, so that no exit leaves anything behind"
-    self._guarded = partial(self._guard, self.learn._with_events)
-    self.learn._with_events = self._guarded
+    self._rec.model,self._fits,self._step0 = self.model,self._fits+1,self._steps
+    self._guarded = self.learn._with_events = partial(self._guard, self.learn._with_events)
 
 def _over(f): return isinstance(f, partial) and isinstance(o := getattr(f.func, '__self__', None), ActivationLogger) and o._guarded is not f
 
 @patch
-def _detach(self:ActivationLogger):
+def after_fit(self:ActivationLogger):
+    "Leave nothing behind"
     self._guarded = self._open = None
     attrs = getattr(self.learn, '__dict__', {})
     while _over(f := attrs.get('_with_events')):
@@ -734,10 +655,6 @@ def _flush(self:ActivationLogger):
     for o in self._outs: self._try(o, o.flush)
 
 @patch
-def after_fit(self:ActivationLogger): self._detach()
-
-# %% ../nbs/04_activations.ipynb #187ac64e
-@patch
 def _guard(self:ActivationLogger, inner, f, event_type, ex, final=lambda: None):
     "`Learner._with_events`, and what has to be done however it ends"
     if self._guarded is None or event_type not in ('epoch','train','validate','batch'): return inner(f, event_type, ex, final)
@@ -749,10 +666,10 @@ def _guard(self:ActivationLogger, inner, f, event_type, ex, final=lambda: None):
         elif event_type=='epoch':
             self._steps = self._step0+self.learn.train_iter
             self._rec.free()
-            self._detach() if failed else self._flush()
+            self.after_fit() if failed else self._flush()
         else: self._open = was
 
-# %% ../nbs/04_activations.ipynb #0e9b717e
+# %% ../nbs/04_activations.ipynb #bcf34db1
 @patch
 def before_batch(self:ActivationLogger):
     if self._guarded is None or self._open is None or hasattr(self.learn, 'gather_preds'): return
@@ -765,7 +682,6 @@ def before_batch(self:ActivationLogger):
 def after_pred(self:ActivationLogger):
     if self._now is not None: self._rec.stop(); self._whole = True
 
-# %% ../nbs/04_activations.ipynb #bcf34db1
 @patch
 def _finish(self:ActivationLogger, failed):
     "Make a record of the batch that just ended"
@@ -790,11 +706,11 @@ def _all_ranks(rec):
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size()>1): return rec
     parts = [None]*dist.get_world_size()
     dist.all_gather_object(parts, rec)
-    return reduce(_merge, [p for p in parts if p is not None]) if any(p is not None for p in parts) else None
+    parts = [p for p in parts if p is not None]
+    return reduce(_merge, parts) if parts else None
 
 def _rank(): return torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
 
-# %% ../nbs/04_activations.ipynb #741e2d64
 @patch
 def _once(self:ActivationLogger, key, msg):
     if key not in self._said and not _rank(): self._said.add(key); _warn(msg, ActivationLoggerWarning)
@@ -809,87 +725,74 @@ def _try(self:ActivationLogger, o, f):
 @patch
 def _send(self:ActivationLogger, now, rec):
     "Write a record to all sinks, and to the logs that fastai's own callbacks have open"
-    outs = list(self._outs)
+    outs = [(o,o) for o in self._outs]
     for cb in self.learn.cbs:
         d = vars(cb)
-        if cb.name=='tensor_board' and d.get('writer') is not None: outs.append(_TensorBoard(d['writer']))
-        if cb.name=='wandb' and '_wandb_step' in d and (run := getattr(sys.modules.get('wandb'), 'run', None)): outs.append(_Wandb(run, d['_wandb_step']))
+        if cb.name=='tensor_board' and d.get('writer') is not None: outs.append((_TensorBoard,_TensorBoard(d['writer'])))
+        if cb.name=='wandb' and '_wandb_step' in d and (run := getattr(sys.modules.get('wandb'), 'run', None)): outs.append((_Wandb,_Wandb(run, d['_wandb_step'])))
     if not outs or _rank(): return
     df,names = _frame(self._rec.names, [now], [rec], self.grads),self._rec.names
-    for o in outs: self._try(o if o in self._outs else type(o), lambda: o(df, names=names, rec=rec, step=now['step']))
+    if len(df):
+        for key,o in outs: self._try(key, lambda: o(df, names=names, rec=rec, step=now['step']))
 
 # %% ../nbs/04_activations.ipynb #5e56edd5
-_texts = dict(
-    nonfinite='{v:.2%} of its values are NaN or infinite',
-    exploding='its values have grown to {v:.3g} (root mean square)',
-    vanishing='its values have shrunk to {v:.3g} (root mean square)',
-    dead='{v:.0%} of its channels give the same value everywhere')
-_advice = dict(
-    nonfinite='Look at the first layer named and at its input; a lower learning rate, or float32 for it, are the usual remedies.',
-    exploding='Usual remedies: a lower learning rate, gradient clipping, a normalization layer, another initialization.',
-    vanishing='Usual remedies: another initialization, a normalization layer, less weight decay.',
-    dead='Usual remedies: a lower learning rate, a smaller bias, an activation function that is not flat on one side.')
+_alerts = dict(
+    nonfinite=('{v:.2%} of its values are NaN or infinite', 'Look at the first layer named and at its input; a lower learning rate, or float32 for it, are the usual remedies.'),
+    exploding=('its values have grown to {v:.3g} (root mean square)', 'Usual remedies: a lower learning rate, gradient clipping, a normalization layer, another initialization.'),
+    vanishing=('its values have shrunk to {v:.3g} (root mean square)', 'Usual remedies: another initialization, a normalization layer, less weight decay.'),
+    dead=('{v:.0%} of its channels give the same value everywhere', 'Usual remedies: a lower learning rate, a smaller bias, an activation function that is not flat on one side.'))
 
 @patch
 def _alert(self:ActivationLogger, now, rec):
     "Warn of what is wrong in this record and has not been said of that layer"
-    n,train = len(self._rec.names),now['split']=='train'
+    n = len(self._rec.names)
     c = _columns(rec[0][:n])
     rms = np.hypot(c['mean'], c['std'])
-    with np.errstate(invalid='ignore'):
-        bad = dict(nonfinite=c['nonfinite']>0)
-        if train:
-            f = self._first = rms if self._first is None else np.where(np.isnan(self._first), rms, self._first)
-            bad['exploding'] = (rms>1e4) | (rms>100*f) & (rms>100)
-            bad['vanishing'] = self._lasting('vanishing', (rms>0) & (rms<1e-6) | (rms<f/100) & (rms<1e-3) & (rms>0))
-            bad['dead'] = self._lasting('dead', (c['dead']>=.5) | (c['std']==0) & (rec[0][:n,_n]>=256))
-    for cause,hit in bad.items():
-        new = [i for i in np.flatnonzero(hit) if (cause,i) not in self._said]
-        if new: self._warn_of(cause, new, now, c['nonfinite'] if cause=='nonfinite' else np.fmax(c['dead'], c['std']==0) if cause=='dead' else rms)
-
-# %% ../nbs/04_activations.ipynb #ed861623
-@patch
-def _lasting(self:ActivationLogger, cause, hit):
-    "Which layers have been `hit` in 5 training records in a row"
-    self._runs[cause] = run = (self._runs.get(cause, 0)+1)*hit
-    return run>=5
+    hits = dict(nonfinite=(c['nonfinite']>0,c['nonfinite']))
+    if now['split']=='train':
+        f = self._first = rms if self._first is None else np.where(np.isnan(self._first), rms, self._first)
+        hits['exploding'] = (rms>1e4) | (rms>100*f) & (rms>100),rms
+        hits['vanishing'] = (rms>0) & ((rms<1e-6) | (rms<f/100) & (rms<1e-3)),rms
+        hits['dead'] = (c['dead']>=.5) | (c['std']==0) & (rec[0][:n,_n]>=256),np.fmax(c['dead'], c['std']==0)
+    for cause,(hit,v) in hits.items():
+        run = self._runs[cause] = (self._runs.get(cause, 0)+1)*hit    # records in a row
+        new = [i for i in np.flatnonzero(run>=(5 if cause in ('vanishing','dead') else 1)) if (cause,i) not in self._said]
+        if new: self._warn_of(cause, new, now, v)
 
 @patch
 def _warn_of(self:ActivationLogger, cause, rows, now, v):
     self._said.update((cause,i) for i in rows)
-    names = [f'{self._rec.names[i]} ({type(self._rec.layers[self._rec.names[i]]).__name__})' for i in rows]
+    names,(text,advice) = [self._title(i) for i in rows],_alerts[cause]
     self.found += [dict(cause=cause, layer=self._rec.names[i], value=float(v[i]), **now) for i in rows]
-    more = f" So for {len(names)-1} more: {', '.join(names[1:6])}{', ...'*(len(names)>6)}." if len(names)>1 else ''
-    if not _rank(): _warn(f"{cause.capitalize()} activations in {names[0]}: {_texts[cause].format(v=v[rows[0]])} ({now['split']}, epoch {now['epoch']}, batch {now['batch']}).{more} {_advice[cause]}", ActivationWarning)
-
-# %% ../nbs/04_activations.ipynb #688e5805
-@patch
-def __getstate__(self:ActivationLogger):
-    "Settings only: an exported learner carries no records, and no open files"
-    keep = 'layers every valid hists sample alerts grads keep'.split()
-    return {k:vars(self)[k] for k in keep} | dict(to=self.to if isinstance(self.to, (str,Path)) else None)
+    more = f" So for {len(names)-1} more: {_first_of(names[1:], 5)}." if len(names)>1 else ''
+    if not _rank(): _warn(f"{cause.capitalize()} activations in {names[0]}: {text.format(v=v[rows[0]])} ({now['split']}, epoch {now['epoch']}, batch {now['batch']}).{more} {advice}", ActivationWarning)
 
 @patch
-def __setstate__(self:ActivationLogger, d):
-    vars(self).update(d)
-    self._outs = _sinks(self.to)
-    self.reset()
+def _title(self:ActivationLogger, i): return f'{self._rec.names[i]} ({type(self._rec.layers[self._rec.names[i]]).__name__})'
+def _first_of(names, n): return ', '.join(names[:n]) + ', ...'*(len(names)>n)
 
 # %% ../nbs/04_activations.ipynb #81f219cb
+@patch
+def _names(self:ActivationLogger):
+    if self._rec is None or not any(map(len, self._hist.values())): raise ValueError('Nothing is recorded yet: call `learn.fit` first, with the callback on the learner.')
+    return self._rec.names
+
 @patch
 def _index(self:ActivationLogger, i):
     "The number of the layer `i`, a number or a name"
     names = self._names()
     if isinstance(i, str):
         if i in names: return names.index(i)
-        raise KeyError(f'There is no layer {i!r}; recorded are {", ".join(names[:8])}{", ..."*(len(names)>8)}.')
+        raise KeyError(f'There is no layer {i!r}; recorded are {_first_of(names, 8)}.')
     if -len(names)<=i<len(names): return i%len(names)
     raise IndexError(f'There is no layer {i}: {len(names)} are recorded, 0 to {len(names)-1}.')
 
 @patch
-def _names(self:ActivationLogger):
-    if self._rec is None or not any(map(len, self._hist.values())): raise ValueError('Nothing is recorded yet: call `learn.fit` first, with the callback on the learner.')
-    return self._rec.names
+def _values(self:ActivationLogger, split):
+    "Columns `[records,layers]`, and the number of the training batch at each record"
+    h,n = self._hist[split],len(self._names())
+    V = np.stack([r[0] for r in h.recs]) if len(h) else np.empty((0,n,9))
+    return _columns(V[:,:n]),_columns(V[:,n:]),np.array([m['step'] for m in h.meta])
 
 # %% ../nbs/04_activations.ipynb #73017908
 @patch
@@ -899,24 +802,35 @@ def to_df(self:ActivationLogger): # A `DataFrame`
     names = self._names()
     return pd.concat([_frame(names, h.meta, h.recs, self.grads) for h in self._hist.values() if len(h)], ignore_index=True)
 
-# %% ../nbs/04_activations.ipynb #0bb6f866
-@patch
-def _series(self:ActivationLogger, i, col, split='train'):
-    h = self._hist[split]
-    return np.array([_columns(r[0][self._index(i)])[col] for r in h.recs], float)
+@patch(as_prop=True)
+def stats(self:ActivationLogger):
+    "As in fastai: for each training record, for each layer, a dict with mean, std, near_zero and more"
+    c = self._values('train')[0]
+    return L(L(dict(zip(c, map(float, o))) for o in zip(*r)) for r in zip(*c.values()))
 
-# %% ../nbs/04_activations.ipynb #e198bbb8
 @patch
-def _recent(self:ActivationLogger, split, share=.1):
-    "The last tenth of the records, taken together; None if there are none"
-    recs = self._hist[split].recs
-    return reduce(_merge, [(r[0],) for r in recs[-max(1, round(len(recs)*share)):]])[0] if recs else None
+def layer_stats(self:ActivationLogger,
+    i, # Number or name of the layer
+    split:str='train' # Or 'valid'
+):
+    "Lists of the layer's mean, std and share near zero, one number for each record"
+    i,c = self._index(i),self._values(split)[0]
+    return L(L(c[k][:,i].tolist()) for k in ('mean','std','near_zero'))
 
-def _rows_worth(n, keep, *scores):
-    "`keep` of `n` rows, in order: the ends, and those with the largest scores"
-    if n<=keep: return list(range(n))
-    order = [0,n-1] + [int(i) for o in zip(*(np.argsort(-np.nan_to_num(s, nan=-1.)) for s in scores)) for i in o]
-    return sorted(list(dict.fromkeys(order))[:keep])
+@patch
+def hist_data(self:ActivationLogger, i, split='train'):
+    "Counts `[bins,records]` of layer `i` on common bins, and the bins' edges"
+    i,h = self._index(i),self._hist[split].recs
+    if not self.hists or not h: raise ValueError(f'No histograms are recorded ({split}): use `ActivationLogger(hist=True)`' + (' and `valid=True`.' if split=='valid' else '.'))
+    hs = [(r[1][i:i+1].astype(np.int64),r[2][i:i+1]) for r in h]
+    total,at = reduce(lambda a,b: _merge_hists(*a, *b), hs)
+    one = (total>0).astype(np.int64)
+    return np.stack([(_merge_hists(*o, one, at)[0]-one)[0] for o in hs], 1),_edges(at[0])
+
+@patch
+def hist(self:ActivationLogger, i, split='train'):
+    "As in fastai: the logarithm of 1 + the histogram's counts, `[bins,records]`"
+    return torch.from_numpy(np.log1p(self.hist_data(i, split)[0])).float()
 
 # %% ../nbs/04_activations.ipynb #67fb5163
 @patch
@@ -924,66 +838,36 @@ def summary(self:ActivationLogger,
     n:int=24 # Rows of the table at most: layers with alerts and the largest changes first
 ):
     "What happened, as text: alerts, layers that never ran, and the end of training layer by layer"
+    import pandas as pd
     names,h = self._names(),self._hist
     split = 'train' if len(h['train']) else 'valid'
-    last,first = self._recent(split)[:len(names)],h[split].recs[0][0][:len(names)]
-    c,c0 = _columns(last),_columns(first)
-    with np.errstate(all='ignore'): change = np.abs(np.log(c['std']/c0['std']))
-    alerted = np.array([any(a['layer']==o for a in self.found) for o in names], float)
-    res = [f"ActivationLogger: {len(names)} layers, {sum(m['batches'] for m in h['train'].meta)} training and {sum(m['batches'] for m in h['valid'].meta)} validation batches, "
-           + ('every value' if self.sample is None else f'{self.sample} values of each layer and batch')]
-    seen = L(self.found).groupby(lambda a: a['cause'])
-    res += [f"{k}: {', '.join(a['layer'] for a in v[:6])}{', ...'*(len(v)>6)}, first at {v[0]['split']} epoch {v[0]['epoch']} batch {v[0]['batch']}" for k,v in seen.items()] or ['No alerts']*bool(self.alerts)
-    if idle := [o for o,k in zip(names, self._rec.calls) if not k]: res.append(f"Never ran: {', '.join(idle[:8])}{', ...'*(len(idle)>8)}")
-    cols = [('std', c['std'], '.3g'),('at start', c0['std'], '.3g'),('mean', c['mean'], '.3g'),('near 0', c['near_zero'], '.0%'),('dead', c['dead'], '.0%'),
-            ('nonfinite', c['nonfinite'], '.2%'),('BN dist', c['bn_dist'], '.2f')]
-    cols = [o for o in cols if np.nan_to_num(o[1]).any() or o[0]=='std']
-    rows = [i for i in _rows_worth(len(names), n, alerted, np.nan_to_num(c['bn_dist']), change) if last[i,_n]]
-    wide = max([5]+[len(names[i]) for i in rows])
-    res += ['', f"{'layer':{wide}}  {'type':16}" + ''.join(f'{k:>10}' for k,*_ in cols)]
-    res += [f'{names[i]:{wide}}  {type(self._rec.layers[names[i]]).__name__[:16]:16}' + ''.join(f"{'' if v[i]!=v[i] else format(v[i], f):>10}" for _,v,f in cols) for i in rows]
-    if len(rows)<len(names)-len(idle): res.append(f'{len(names)-len(idle)-len(rows)} more layers: `summary(n={len(names)})`')
-    return PrettyString('\n'.join(res + [f'Means over the last {max(1, round(len(h[split])*.1))} of {len(h[split])} {split} records; at start: std in the first.']))
-
-# %% ../nbs/04_activations.ipynb #0b0b01f1
-@patch(as_prop=True)
-def stats(self:ActivationLogger):
-    "As in fastai: for each training record, for each layer, a dict with mean, std, near_zero and more"
-    return L(L({k:float(o[i]) for k,o in _columns(r[0][:len(self._names())]).items()} for i in range(len(self._names()))) for r in self._hist['train'].recs)
-
-# %% ../nbs/04_activations.ipynb #cf57d5ab
-@patch
-def layer_stats(self:ActivationLogger,
-    i, # Number or name of the layer
-    split:str='train' # Or 'valid'
-):
-    "Lists of the layer's mean, std and share near zero, one number for each record"
-    return L(L(self._series(i, k, split).tolist()) for k in ('mean','std','near_zero'))
-
-# %% ../nbs/04_activations.ipynb #95f3bf5f
-@patch
-def hist_data(self:ActivationLogger, i, split='train'):
-    "Counts `[bins,records]` of layer `i` on common bins, and the bins' edges"
-    i,h = self._index(i),self._hist[split].recs
-    if not self.hists or not h: raise ValueError(f'No histograms are recorded ({split}): use `ActivationLogger(hist=True)`' + (' and `valid=True`.' if split=='valid' else '.'))
-    C,eo = np.stack([r[1][i] for r in h]),np.stack([r[2][i] for r in h])
-    total,at = reduce(lambda a,b: _merge_hists(*a, *b), [(c[None].astype(np.int64),e[None]) for c,e in zip(C, eo)])
-    out = [_merge_hists(c[None].astype(np.int64), e[None], total*0+(total>0), at) for c,e in zip(C, eo)]
-    return np.stack([(o[0]-(total>0))[0] for o in out], 1),_edges(at[0])
-
-# %% ../nbs/04_activations.ipynb #cfeb25ee
-@patch
-def hist(self:ActivationLogger, i, split='train'):
-    "As in fastai: the logarithm of 1 + the histogram's counts, `[bins,records]`"
-    return torch.from_numpy(np.log1p(self.hist_data(i, split)[0])).float()
-
-# %% ../nbs/04_activations.ipynb #5dc667f1
-_no_bn = 'No BatchNorm distance is recorded: the model has no BatchNorm with running statistics from an earlier training, or `layers` leaves it out.'
-
-def _x(h): return np.array([m['step'] for m in h.meta])
-def _extent(x): return (x[0]-.5*(d := (x[-1]-x[0])/max(1, len(x)-1) or 1), x[-1]+.5*d)
+    N,tail = len(names),max(1, round(len(h[split])*.1))
+    c,c0 = (_columns(reduce(_merge, [(r[0][:N],) for r in recs])[0]) for recs in (h[split].recs[-tail:],h[split].recs[:1]))
+    batches = [sum(m['batches'] for m in h[k].meta) for k in ('train','valid')]
+    res = [f"ActivationLogger: {N} layers, {batches[0]} training and {batches[1]} validation batches, " + ('every value' if self.sample is None else f'{self.sample} values of each layer and batch')]
+    res += [f"{k}: {_first_of([a['layer'] for a in v], 6)}, first at {v[0]['split']} epoch {v[0]['epoch']} batch {v[0]['batch']}" for k,v in self.found.groupby(lambda a: a['cause']).items()] or ['No alerts']*bool(self.alerts)
+    if idle := [o for o,k in zip(names, self._rec.calls) if not k]: res.append(f'Never ran: {_first_of(idle, 8)}')
+    df = pd.DataFrame({'layer':names, 'type':[type(m).__name__[:16] for m in self._rec.layers.values()], 'std':c['std'], 'at start':c0['std'], 'mean':c['mean'],
+        'near 0':c['near_zero'], 'dead':c['dead'], 'nonfinite':c['nonfinite'], 'BN dist':c['bn_dist']})
+    with np.errstate(all='ignore'): score = np.nan_to_num(np.abs(np.log(c['std']/c0['std'])), posinf=9) + np.nan_to_num(c['bn_dist']) + 1e6*np.isin(names, list(self.found.itemgot('layer')))
+    score[[0,-1]] = np.inf    # both ends are always shown
+    ran = np.flatnonzero(self._rec.calls[:N])
+    rows = np.sort(ran[np.argsort(-score[ran], kind='stable')[:n]])
+    df = df.iloc[rows].loc[:, lambda d: [k=='std' or d[k].dtype==object or bool(np.nan_to_num(d[k]).any()) for k in d]]
+    fmt = {'near 0':'{:.0%}', 'dead':'{:.0%}', 'nonfinite':'{:.2%}', 'BN dist':'{:.2f}'}
+    res += ['', df.to_string(index=False, na_rep='', formatters={k:fmt.get(k, '{:.3g}').format for k in df if df[k].dtype==float})]
+    if len(rows)<len(ran): res.append(f'{len(ran)-len(rows)} more layers: `summary(n={N})`')
+    return PrettyString('\n'.join(res + [f'Means over the last {tail} of {len(h[split])} {split} records; at start: std in the first.']))
 
 # %% ../nbs/04_activations.ipynb #a3df5ab7
+_no_bn = 'No BatchNorm distance is recorded: the model has no BatchNorm with running statistics from an earlier training, or `layers` leaves it out.'
+
+def _extent(x): return (x[0]-.5*(d := (x[-1]-x[0])/max(1, len(x)-1) or 1), x[-1]+.5*d)
+def _ticks(f, names, most, **kw): f(range(0, len(names), step := -(-len(names)//most)), names[::step], fontsize=7, **kw)
+def _new_ax(figsize):
+    import matplotlib.pyplot as plt
+    return plt.subplots(figsize=figsize, layout='constrained')[1]
+
 @patch
 def plot(self:ActivationLogger,
     stat:str='std', # A column of `to_df`, such as 'near_zero', 'dead', 'bn_dist' or 'grad_std'
@@ -993,36 +877,28 @@ def plot(self:ActivationLogger,
     figsize=None # Of the new figure; None: by the number of layers
 ):
     "Heat map of `stat`: layers from input to output down, training batches to the right"
-    import matplotlib.pyplot as plt
     from matplotlib.colors import CenteredNorm,LogNorm
-    names,h = self._names(),self._hist[split]
-    grad,key = stat.startswith('grad_'),stat.removeprefix('grad_')
-    if key not in _cols or grad and not self.grads: raise ValueError(f"`stat` is one of {', '.join(_cols)}{', or one of these after grad_'*self.grads}; received {stat!r}." + ' Gradients are recorded by `ActivationLogger(grads=True)`.'*grad)
-    if not len(h): raise ValueError(f'There are no {split} records.')
-    n = len(names)
-    M = np.stack([_columns(r[0][n:] if grad else r[0][:n])[key] for r in h.recs], 1)
-    show = [i for i in range(n) if np.isfinite(M[i]).any()]
-    if not show and key=='bn_dist': raise ValueError(_no_bn)
-    show = show or list(range(n))
-    M = M[show]
-    if ax is None: ax = plt.subplots(figsize=figsize or (9, min(12, 1.5+.19*len(show))))[1]
-    if relative:
-        with np.errstate(all='ignore'): M = M/M[:,:1]
+    (out,grad,x),key = self._values(split),stat.removeprefix('grad_')
+    if key not in _cols or stat!=key and not self.grads: raise ValueError(f"`stat` is one of {', '.join(_cols)}{', or one of these after grad_'*self.grads}; received {stat!r}." + ' Gradients are recorded by `ActivationLogger(grads=True)`.'*(stat!=key))
+    if not len(x): raise ValueError(f'There are no {split} records.')
+    M = (out if stat==key else grad)[key].T
+    show = np.isfinite(M).any(1)
+    if not show.any():
+        if key=='bn_dist': raise ValueError(_no_bn)
+        show[:] = True
+    M,names = M[show],[o for o,s in zip(self._names(), show) if s]
+    with np.errstate(all='ignore'): M = M/M[:,:1] if relative else M
     pos = M[np.isfinite(M) & (M>0)]
-    top = min(1e6, max(2, np.exp(np.abs(np.log(pos)).max()))) if len(pos) else 2
-    norm = dict(norm=LogNorm(1/top, top)) if relative else dict(norm=CenteredNorm()) if key=='mean' else \
-        dict(norm=LogNorm(max(pos.min(), pos.max()*1e-6), pos.max())) if key=='std' and len(pos) else dict(vmin=0)
-    im = ax.imshow(M, aspect='auto', interpolation='nearest', cmap=('RdBu_r' if relative or key=='mean' else 'viridis'), extent=(*_extent(_x(h)), len(show)-.5, -.5), **norm)
-    step = -(-len(show)//60)
-    ax.set_yticks(range(0, len(show), step), [names[show[i]] for i in range(0, len(show), step)], fontsize=7)
-    ax.set(xlabel='training batch', title=f"{key.replace('_', ' ')} of each layer's {'gradient' if grad else 'output'}{', relative to the first record'*relative} ({split})")
+    top = np.clip(np.exp(np.abs(np.log(pos)).max(initial=0)), 2, 1e6)
+    norm = LogNorm(1/top, top) if relative else CenteredNorm() if key=='mean' else LogNorm(max(pos.min(), pos.max()*1e-6), pos.max()) if key=='std' and len(pos) else None
+    ax = ax or _new_ax(figsize or (9, min(12, 1.5+.19*len(M))))
+    im = ax.imshow(M, aspect='auto', interpolation='nearest', cmap=('RdBu_r' if relative or key=='mean' else 'viridis'), extent=(*_extent(x), len(M)-.5, -.5), norm=norm, vmin=None if norm else 0)
+    _ticks(ax.set_yticks, names, 60)
+    ax.set(xlabel='training batch', title=f"{key.replace('_', ' ')} of each layer's {'output' if stat==key else 'gradient'}{', relative to the first record'*relative} ({split})")
     ax.figure.colorbar(im, ax=ax, pad=.02)
     return ax
 
 # %% ../nbs/04_activations.ipynb #34fffe8f
-@patch
-def _title(self:ActivationLogger, i): return f'{self._names()[i]} ({type(self._rec.layers[self._names()[i]]).__name__})'
-
 @patch
 def plot_layer_stats(self:ActivationLogger,
     i # Number or name of the layer
@@ -1031,11 +907,11 @@ def plot_layer_stats(self:ActivationLogger,
     import matplotlib.pyplot as plt
     i = self._index(i)
     fig,axs = plt.subplots(1, 3, figsize=(12,3), layout='constrained')
-    for ax,k,title in zip(axs, ('mean','std','near_zero'), ('mean','std','% near zero')):
+    for ax,k in zip(axs, ('mean','std','near_zero')):
         for split,style in (('train',dict(lw=1.2)),('valid',dict(ls='', marker='.'))):
-            h = self._hist[split]
-            if len(h): ax.plot(_x(h), self._series(i, k, split)*(100 if k=='near_zero' else 1), label=split, **style)
-        ax.set(title=title, xlabel='training batch')
+            c,_,x = self._values(split)
+            if len(x): ax.plot(x, c[k][:,i]*(100 if k=='near_zero' else 1), label=split, **style)
+        ax.set(title='% near zero' if k=='near_zero' else k, xlabel='training batch')
         ax.spines[['top','right']].set_visible(False)
     if len(self._hist['valid']): axs[0].legend(frameon=False)
     fig.suptitle(self._title(i))
@@ -1050,16 +926,15 @@ def color_dim(self:ActivationLogger,
     split:str='train' # Or 'valid'
 ):
     "The 'colorful dimension' plot: the layer's histogram over training, with the activations' values on the axis"
-    import matplotlib.pyplot as plt
-    i = self._index(i)
-    (H,edges),x = self.hist_data(i, split),_x(self._hist[split])
+    i,x = self._index(i),self._values(split)[2]
+    H,edges = self.hist_data(i, split)
     used = np.flatnonzero(H.any(1))
-    H,lo,hi = H[used[0]:used[-1]+1],edges[used[0]],edges[used[-1]+1]
-    if ax is None: ax = plt.subplots(figsize=figsize)[1]
-    im = ax.imshow(np.log1p(H/H.sum(0).clip(1)*1e4), origin='lower', aspect='auto', interpolation='nearest', extent=(*_extent(x), lo, hi), vmin=0)
+    a,b = (used[0],used[-1]+1) if len(used) else (0,_bins)
+    ax = ax or _new_ax(figsize)
+    im = ax.imshow(np.log1p(H[a:b]/H.sum(0).clip(1)*1e4), origin='lower', aspect='auto', interpolation='nearest', extent=(*_extent(x), edges[a], edges[b]), vmin=0)
     ax.set(xlabel='training batch', ylabel='activation', title=self._title(i))
-    cb = ax.figure.colorbar(im, ax=ax, pad=.02, label='share of values in a bin')
-    ticks = np.array([t for t in (0,1e-3,1e-2,1e-1,1) if np.log1p(t*1e4)<=im.norm.vmax])
+    cb,ticks = ax.figure.colorbar(im, ax=ax, pad=.02, label='share of values in a bin'),np.array([0,1e-3,1e-2,1e-1,1])
+    ticks = ticks[np.log1p(ticks*1e4)<=im.norm.vmax]
     cb.set_ticks(np.log1p(ticks*1e4), labels=[f'{t:.4g}%' for t in ticks*100])
     return ax
 
@@ -1067,20 +942,15 @@ def color_dim(self:ActivationLogger,
 @patch
 def plot_bn_dist(self:ActivationLogger, ax=None, figsize=(9,4)):
     "How far each BatchNorm's input is from the running statistics that it had when training began, by depth"
-    import matplotlib.pyplot as plt
-    names = self._names()
-    lines = {}
-    for split,h in self._hist.items():
-        for k,r in (('first',h.recs[:1]),('last',h.recs[-1:])):
-            if r: lines[f'{split}, {k}'] = r[0][0][:len(names),_bn]
-    bns = [i for i in range(len(names)) if any(np.isfinite(v[i]) for v in lines.values())]
-    if not bns: raise ValueError(_no_bn)
-    if ax is None: ax = plt.subplots(figsize=figsize, layout='constrained')[1]
-    for (k,v),c in zip(lines.items(), ('C0','C0','C1','C1')): ax.plot(range(len(bns)), v[bns], c=c, ls=':' if 'first' in k else '-', marker='.', label=k+' record')
-    step = -(-len(bns)//40)
-    ax.set_xticks(range(0, len(bns), step), [names[i] for i in bns[::step]], rotation=90, fontsize=7)
+    D = {split:self._values(split)[0]['bn_dist'] for split in ('train','valid') if len(self._hist[split])}
+    bns = np.flatnonzero(np.isfinite(np.concatenate([d[[0,-1]] for d in D.values()])).any(0)) if self._names() else []
+    if not len(bns): raise ValueError(_no_bn)
+    ax = ax or _new_ax(figsize)
+    for (split,d),c in zip(D.items(), ('C0','C1')):
+        for row,k in ((0,'first'),(-1,'last')): ax.plot(d[row,bns], c=c, ls=':' if k=='first' else '-', marker='.', label=f'{split}, {k} record')
+    _ticks(ax.set_xticks, [self._names()[i] for i in bns], 40, rotation=90)
     ax.set(ylabel='running standard deviations', title='Distance of each BatchNorm\'s input from its running statistics')
     ax.spines[['top','right']].set_visible(False)
-    ax.set_ylim(0, 1.2*max(.5, np.nanmax([v[bns] for v in lines.values()])))
+    ax.set_ylim(0, 1.2*max(.5, max(np.nanmax(d[[0,-1]][:,bns]) for d in D.values())))
     ax.legend(frameon=False, ncols=4, loc='upper center')
     return ax

@@ -1,5 +1,5 @@
 "ActivationLogger where a reader would be bored: every way in which monitors break, exits, exactness, bias, memory, sinks."
-import copy, dataclasses, gc, math, pickle, threading, warnings, weakref
+import copy, dataclasses, gc, math, threading, warnings, weakref
 
 import numpy as np
 import pandas as pd
@@ -46,7 +46,7 @@ def is_clean(learn):
     al = learn.activation_logger
     assert n_hooks(learn.model) == 0
     assert '_with_events' not in vars(learn)
-    assert not al._rec or not (al._rec._bufs or al._rec._plans or al._rec._gens or al._rec._handles)
+    assert not al._rec or not (al._rec._bufs or al._rec._plans or al._rec._gens)
     return True
 
 
@@ -308,8 +308,10 @@ def test_exact_equals_float64_numpy(a, bad):
     for k in stats: assert got[k] == pytest.approx(want[k], rel=1e-9, abs=1e-9*(abs(shift)+scale)), k
     ok = x.numpy()[np.isfinite(x.numpy())]
     edges, H = A._edges(rec.record[2][0]), rec.record[1][0]
+    if x.numel() > 4096:  # histograms are of a sample
+        assert abs(H.sum()/4096 - len(ok)/x.numel()) < .05 and 20 <= np.ptp(np.flatnonzero(H)) + 45
+        return
     assert H.sum() == len(ok)
-    lo, hi = edges[0], edges[-1]
     far = np.abs(ok-ok.mean()) > 8*ok.std()
     assert np.array_equal(np.histogram(ok[~far], edges)[0][1:-1], H[1:-1]) and 20 <= np.ptp(np.flatnonzero(H)) + 45
 
@@ -394,7 +396,7 @@ def test_every_element_is_as_likely(shape, stride, axis):
     flat, n, reps = x.as_strided((x.numel(),), (1,)), x.numel(), 400
     count = torch.zeros(n)
     for _ in range(reps):
-        idx, C, K, _ = A._places(x.shape, x.stride(), axis, 1024, lambda *s: torch.rand(*s, generator=g, dtype=torch.float64))
+        idx, C, K = A._places(x.shape, x.stride(), axis, 1024, lambda *s: torch.rand(*s, generator=g, dtype=torch.float64))
         assert len(idx) == 1024
         count.index_add_(0, flat[idx], torch.ones(1024))
         if C: assert (torch.bincount(torch.unravel_index(flat[idx[:C*K]], shape)[axis]) == K).all()
@@ -756,18 +758,30 @@ def test_nothing_shadows_the_learner_or_the_model():
         learn.fit(1)
 
 
+class Items(list):
+    def new_empty(self): return Items()
+
+
 def test_export_and_copy(tmp_path):
     from fastai.learner import load_learner
     learn = get_learner(cbs=ActivationLogger(to=[lambda df: None], layers='[01]'), path=tmp_path)
     learn.fit(1)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', UserWarning)
-        learn.dls.train.dataset = list(learn.dls.train.dataset)
-        again = pickle.loads(pickle.dumps(learn.activation_logger))
-    assert again.layers == '[01]' and again.to is None
-    with pytest.raises(ValueError, match='Nothing is recorded'): again.to_df()
+        warnings.simplefilter('ignore')
+        for dl in learn.dls.loaders: dl.dataset = Items(dl.dataset)
+        learn.logger = None  # a lambda of these tests, which cannot be pickled
+        learn.export('a.pkl')
+        again = load_learner(tmp_path/'a.pkl')
+    al, x = again.activation_logger, torch.randn(2, 3, 16, 16)
+    assert al.layers == '[01]' and al.to is None and n_hooks(again.model) == 0
+    assert torch.equal(again.model.eval()(x), learn.model.eval()(x))
+    assert len(again.get_preds(dl=get_learner().dls.valid)[0]) == 16  # the callback is there, and silent
+    with pytest.raises(ValueError, match='Nothing is recorded'): al.to_df()
+    again.dls, again.logger = get_learner().dls, lambda *a: None
+    again.fit(1)
+    assert len(al.stats) == 6
     copy.deepcopy(learn.activation_logger).reset()
-    assert n_hooks(learn.model) == 0
+    assert n_hooks(learn.model) == 0 and len(learn.activation_logger.stats) == 6
 
 
 def test_mixed_precision_and_accumulation():
