@@ -7,14 +7,13 @@ Docs: https://fastai.github.io/fastai_normx/cli.html.md"""
 # %% auto #0
 __all__ = ['normx_expected', 'normx_check', 'normx_demo', 'main']
 
-# %% ../nbs/05_cli.ipynb #6fbc70d7
+# %% ../nbs/05_cli.ipynb #b830af73
 import sys,warnings
 from importlib import import_module
 from json import dumps
 from pathlib import Path
 
 from fastcore.script import anno_parser,call_parse
-from .stats import DataStatsWarning
 from .expected import ExpectedStatsWarning,_import,expected_stats
 
 # %% ../nbs/05_cli.ipynb #816ab571
@@ -55,7 +54,7 @@ def normx_expected(
         for r in bad: print(f"\n{r['error']}", file=sys.stderr)
     return int(bool(bad))
 
-# %% ../nbs/05_cli.ipynb #f483555d
+# %% ../nbs/05_cli.ipynb #b5170e1f
 def _report_dict(r):
     "A `MatchReport` as plain data"
     return dict(outcome=r.outcome, kind=r.kind, images=len(r.observed), findings=[vars(f) for f in r.findings], expected=r.expected.to_dict(),
@@ -70,11 +69,12 @@ def normx_check(
     json:bool=False # Print JSON
 ):
     "Do the images in a folder fit a backbone? Exit code 1 if they do not, 2 if they cannot be checked"
-    from fastai_normx.match import stats_match
     with warnings.catch_warnings(record=True) as ws:
         warnings.simplefilter('always')
+        from fastai_normx.match import stats_match
+        from fastai_normx.stats import DataStatsWarning
         try: r = stats_match(Path(folder).expanduser(), expected_stats(name, n_in), n_items=n_items, warn=False)
-        except (ValueError,ImportError,OSError) as e: print(f'normx check: {e}', file=sys.stderr); return 2
+        except (ValueError,ImportError,OSError) as e: print(f'normx check: {e}'.replace('data_stats ', ''), file=sys.stderr); return 2
     notes = [str(w.message) for w in ws if issubclass(w.category, (ExpectedStatsWarning,DataStatsWarning))]
     print(dumps(_report_dict(r)|dict(notes=notes), indent=1) if json else '\n'.join([str(r), *(f'note: {n}' for n in notes)]))
     return int(r.outcome=='mismatch')
