@@ -226,6 +226,8 @@ def severity(folder, p):
     scale = lambda c, k: tuple(tuple(v*k for v in o) for o in c)
     own = [px.float().div(255).movedim(1, 0).flatten(1)]
     own = own[0].mean(1).tolist(), own[0].std(1).tolist()
+    d = (px[:, 0].float().mean((1, 2))-px[:, 2].float().mean((1, 2)))/255
+    colour = dict(mean=d.mean().item(), std=d.std().item())
     cases = dict(expected=E, ImageNet=I, CLIP=C, own=own, none=plain, DPN=expected_stats(families['DPN']), satellite=expected_stats(families['satellite']),
         **{'expected twice': _compose(E, E), 'ImageNet twice': _compose(I, I), 'expected, then ImageNet': _compose(E, I), 'ImageNet, then expected': _compose(I, E)},
         **{f'{k} on 0-255': scale(c, 1/255) for k, c in (('expected', E), ('ImageNet', I), ('none', plain))}, **{f'{k}, /255 twice': scale(c, 255) for k, c in (('expected', E), ('ImageNet', I), ('none', plain))},
@@ -240,7 +242,8 @@ def severity(folder, p):
     top1, changed, harm = ([r[k] for r in res.values()] for k in ('top1', 'changed', 'harm'))
     rank = {k: -spearmanr(top1, v).statistic for k, v in (('harm', harm), ('changed', changed))}
     print(f'\nSpearman rank correlation with the loss of top-1, {len(res)} pipelines, {len(y)} images: harm {rank["harm"]:.3f}, share of changed answers {rank["changed"]:.3f}')
-    return dict(images=len(y), rank_correlation=rank, pipelines=res)
+    print(f'Red minus blue, mean and std over images: {colour}')
+    return dict(images=len(y), red_minus_blue=colour, rank_correlation=rank, pipelines=res)
 
 
 if __name__ == '__main__': main()
