@@ -344,24 +344,6 @@ def _say(broken, n, short, margin, tol, n_items):
     if msgs: _warn(' '.join(msgs), DataStatsWarning)
 
 # %% ../nbs/00_stats.ipynb #d8577ed3
-def _ahead(f, xs):
-    "`f` of each of `xs`, worked out in a thread while the next one loads"
-    with ThreadPoolExecutor(1) as ex:
-        job = None
-        for x in xs:
-            last,job = job,ex.submit(f, x)
-            if last: yield last.result()
-        if job: yield job.result()
-
-def _parts(batches, n_items):
-    "The images of each batch, `n_items` in all"
-    n = 0
-    for b in batches:
-        x = b if isinstance(b, ChannelStats) else _images(b)[:n_items and n_items-n]
-        n += len(x)
-        yield x
-        if n_items and n>=n_items: return
-
 def data_stats(
     data, # `DataLoaders` (its training set), fastai's or PyTorch's `DataLoader`, `Learner`, image folder, list of image files, or iterable of batches
     n_items:int=None, # Read this many images, chosen at random (an iterable's first ones); None: all
@@ -381,11 +363,9 @@ def data_stats(
         return [idxs[i] for i in torch.randperm(len(idxs), generator=torch.Generator().manual_seed(seed)).tolist()] if partly else idxs
     batches,total,random = _source(data, order, partly, raw, mode, n_items, broken)
     bar = progress_bar(batches, total='noinfer' if total is None else math.ceil(total), leave=False) if progress else batches
-    def of(x): return x if isinstance(x, ChannelStats) else ChannelStats.of(x, dim)
-    parts,loads = _parts(bar, n_items),isinstance(getattr(data, 'dls', data), (DataLoaders,DataLoader,TorchDL,Dataset)) and getattr(data, 'batch_size', 1) is not None  # these make each batch anew
-    with closing(batches),closing(_ahead(of, parts) if loads else (of(x) for x in parts)) as stats:
-        for s in stats:
-            res += s
+    with closing(batches):
+        for b in bar:
+            res += b if isinstance(b, ChannelStats) else ChannelStats.of(_images(b)[:n_items and n_items-len(res)], dim)
             last = n_items is not None and len(res)>=n_items
             if tol and (last or len(res)>=look):
                 if res.margin(confidence).max()<=tol: stop = 'tol'; break
