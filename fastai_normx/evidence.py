@@ -228,7 +228,7 @@ def _at_input(E, inside):
     "What must reach a model that expects `E` after the normalization `inside` it"
     _,m,s = inside
     std = [a/b for a,b in zip(E.std, s)]
-    return dataclasses.replace(E, mean=[round(a-b*c, 6)+0. for a,b,c in zip(E.mean, m, std)], std=[round(o, 8) for o in std])
+    return dataclasses.replace(E, mean=[round(a-b*c, 6)+0. for a,b,c in zip(E.mean, m, std)], std=[float(f'{o:.6g}') for o in std])
 
 def _expect(expected, model, n_in=None):
     "`(E, inside)`: `NormStats` of what must reach the model, and what normalizes inside it (or None)"

@@ -330,3 +330,25 @@ def test_compiled_model(learner):
     learn = learner()
     learn.model = torch.compile(learn.model, backend='eager')
     assert len(fit(learn, cbs=StatsMatch(I))) == 1
+
+
+def test_images_named_in_a_data_frame(tmp_path):
+    import pandas as pd
+    from fastai.vision.all import ImageDataLoaders
+    from fastai_normx.evidence import _surely_rgb
+    for i, t in enumerate(tiles(24)): Image.fromarray(t.permute(1, 2, 0).numpy()).save(tmp_path/f'{i}.png')
+    df = pd.DataFrame(dict(name=[f'{i}.png' for i in range(24)], label=['a', 'b']*12))
+    dls = ImageDataLoaders.from_df(df, tmp_path, bs=8, num_workers=0, batch_tfms=[Normalize.from_stats(*I)])
+    assert _surely_rgb(dls.train) and dls.stats_match('resnet18').ok
+    assert dls.stats_match('tf_efficientnet_lite0', warn=False).fix() is dls and dls.stats_match('tf_efficientnet_lite0').ok
+
+
+def test_the_fix_for_a_model_that_normalizes_inside(photo_dls):
+    from fastai_normx.expected import NormStats
+    from torchvision.transforms import v2
+    dls = photo_dls(Normalize.from_stats(*I))
+    model = nn.Sequential(v2.Normalize(*I), nn.Conv2d(3, 8, 3), nn.Flatten(1))
+    r = dls.stats_match('resnet18', model=model, warn=False)
+    assert r.kind == 'in_model' and tuple(r.expected) == ((0., 0., 0.), (1., 1., 1.))
+    r.fix()
+    assert dls.stats_match('resnet18', model=model).ok
