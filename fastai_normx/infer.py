@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
-from .expected import _clip,_compose,_short
+from .expected import _clip,_compose,_grey,_short
 
 # %% ../nbs/03a_infer.ipynb #4f4bfe78
 @dataclass(frozen=True)
@@ -180,11 +180,11 @@ def _orders(name, n, same):
 @lru_cache
 def _families(n):
     "`{(means, stds): name}` for `n` channels"
-    res,grey = {},(.299,.587,.114)
+    res = {}
     for k,(m,s) in _variants().items():
         same = len(set(m))==len(set(s))==1
         for name,p in _orders(k, n, same): res.setdefault(tuple(tuple(round(o[c], 12) for c in p) for o in (m,s)), name)
-        if n==1 and not same: res.setdefault(tuple((sum(w*v for w,v in zip(grey, o)),) for o in (m,s)), f'{k} (grey)')
+        if n==1 and not same: res.setdefault((_grey(m),_grey(s)), f'{k} (grey)')
     return res
 
 # %% ../nbs/03a_infer.ipynb #77b0fc9c

@@ -19,13 +19,13 @@ from torch import nn
 from torch.utils.data import Dataset
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fasttransform import Pipeline
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import no_random,rank_distrib
 from .stats import ChannelStats,_files,_is_file,_say,_source
 from .expected import NormStats,_short,_warn
+from .normalize import _has_pipeline
 from .infer import infer_normalization
 from .evidence import _View,_applied_all,_blue,_cases,_expect,_fit,_harm,_impact,_model_says_swapped,_pick,_pipeline,_same,_surely_rgb
 
@@ -98,7 +98,7 @@ def _code_of(expected, E):
     return repr(expected) if isinstance(expected, str) else f'({_short(E.mean)}, {_short(E.std)})'
 
 # %% ../nbs/03_match.ipynb #ad46ea1b
-def _look_odd(v, E, where):
+def _look_odd(v, E):
     "Findings about channels and values that no constants could mend"
     n,c = v.stats,len(v.stats.mean)
     if v.ndim==5 and c==1 and E.n_in>1: return [Finding('channel_count', 'error', 'The batches have an axis too many: 5, with one channel on axis 1.', 'a `Normalize` is made for batches: move it from item_tfms to batch_tfms. For video pass `dim=2`', 1.)]
@@ -190,7 +190,7 @@ _reason = ('The values do not show what was done to them: there is no pipeline t
 # %% ../nbs/03_match.ipynb #35b48379
 def _judge(v, A, E, where, inside=None, model=None):
     "`(findings, impact)` for one view, whose pixels were normalized with `A` (None: unknown)"
-    fs,impact = _look_odd(v, E, where),{}
+    fs,impact = _look_odd(v, E),{}
     if any(f.kind=='channel_count' for f in fs) or not (v.stats.count>0).all(): return fs,impact
     if not A: return fs or [f for f in [_beyond(v, E)] if f],impact
     if not _same(A.stats, E, .02):
@@ -345,7 +345,7 @@ def _batches(dl, n_items):
         if was: rng.setstate(was)
 
 # %% ../nbs/03_match.ipynb #ef01e4e6
-def _mendable(dls): return all(isinstance(getattr(dl, 'after_batch', None), Pipeline) for dl in dls.loaders)
+def _mendable(dls): return all(map(_has_pipeline, dls.loaders))
 
 def _loaders(data):
     "`{name: loader}`"

@@ -69,6 +69,8 @@ def __call__(self:Normalize, x, split_idx=None, **kwargs):
 # %% ../nbs/02_normalize.ipynb #3b046517
 _events = 'after_item','before_batch','after_batch'
 
+def _has_pipeline(dl): "Is there an `after_batch` that `Normalize` can be put into?"; return isinstance(getattr(dl, 'after_batch', None), Pipeline)
+
 @patch
 def normalize_for(self:DataLoaders,
     source, # What names or holds the backbone: all that `expected_stats` takes
@@ -80,7 +82,7 @@ def normalize_for(self:DataLoaders,
 )->DataLoaders: # The same object
     "Put exactly one `Normalize`, with the constants that `source` expects, on every loader"
     if not self.loaders: raise ValueError('This DataLoaders holds no loader to normalize')
-    if odd := [type(dl).__name__ for dl in self.loaders if not isinstance(getattr(dl, 'after_batch', None), Pipeline)]: raise ValueError(
+    if odd := [type(dl).__name__ for dl in self.loaders if not _has_pipeline(dl)]: raise ValueError(
         f'normalize_for needs fastai loaders with an `after_batch` pipeline; this DataLoaders holds {", ".join(odd)}. Normalize in their dataset instead.')
     nrm = Normalize.from_pretrained(source, dim, ndim, cuda, n_in=n_in, extra=extra)
     for dl in self.loaders:

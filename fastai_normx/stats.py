@@ -239,9 +239,11 @@ def _leaves(b):
     if isinstance(b, (Tensor,np.ndarray)): return [b]
     return list(chain.from_iterable(map(_leaves, b.values() if isinstance(b, dict) else b))) if isinstance(b, (tuple,list,dict)) else []
 
+def _is_pixels(t): "Floats or bytes?"; return 'float' in str(t.dtype) or str(t.dtype).split('.')[-1]=='uint8'
+
 def _images(b):
     "The first tensor in `b` that looks like images: float or 8-bit, and with 4 or 5 axes if there is one"
-    ts = [t for t in _leaves(b) if 2<=t.ndim<=5 and (str(t.dtype).split('.')[-1]=='uint8' or 'float' in str(t.dtype))]
+    ts = [t for t in _leaves(b) if 2<=t.ndim<=5 and _is_pixels(t)]
     if ts: return max(ts, key=lambda t: min(t.ndim, 4))
     raise ValueError(f'data_stats found no images in a batch: expected a float or uint8 tensor [N,C,...], received {type(b).__name__} with '
                      f'{[(str(t.dtype), tuple(t.shape)) for t in _leaves(b)] or "no tensor"}. Make the images the first tensor of the batch.')

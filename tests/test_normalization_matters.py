@@ -10,6 +10,7 @@ script, results = root/'benchmarks/normalization_matters.py', root/'benchmarks/r
 
 @pytest.fixture(scope='module')
 def nm():
+    sys.path.insert(0, str(script.parent))  # as when the script is run: it imports its neighbour
     spec = importlib.util.spec_from_file_location('normalization_matters', script)
     spec.loader.exec_module(mod := importlib.util.module_from_spec(spec))
     return mod
