@@ -186,7 +186,10 @@ def affine(self:ChannelStats,
         **{k:(s[k]-m)/sd for k in ('min','max')}, mean=((s['mean']-m)/sd).where(s['pixels']>0, 0.)))
 
 @patch
-def inverse(self:ChannelStats, mean, std)->ChannelStats:
+def inverse(self:ChannelStats,
+    mean, # One per channel, or one for all
+    std # Greater than 0
+)->ChannelStats:
     "Statistics of `x*std+mean`: undoes `affine`"
     m,sd = _constants(self._s, mean, std)
     return self.affine(-m/sd, 1/sd)
@@ -199,7 +202,9 @@ def to_dict(self:ChannelStats):
     return dict(items=len(self), **{k:(v.masked_fill(none, 0) if k in ('min','max') else v).tolist() for k,v in self._s.items()})
 
 @patch(cls_method=True)
-def from_dict(cls:ChannelStats, d:dict)->ChannelStats:
+def from_dict(cls:ChannelStats,
+    d:dict # As `to_dict` makes it
+)->ChannelStats:
     "What `to_dict` wrote"
     if lost := (_zeros(0).keys()|{'items'})-d.keys(): raise ValueError(f'from_dict takes what `ChannelStats.to_dict` wrote; missing {", ".join(sorted(lost))}, received the keys {list(d)}.')
     s = {k:torch.tensor(d[k], dtype=torch.float64) for k in _zeros(0)}
@@ -211,7 +216,11 @@ def from_dict(cls:ChannelStats, d:dict)->ChannelStats:
 def to_json(self:ChannelStats)->str: "JSON text, lossless"; return json.dumps(self.to_dict())
 
 @patch(cls_method=True)
-def from_json(cls:ChannelStats, text:str)->ChannelStats: "What `to_json` wrote"; return cls.from_dict(json.loads(text))
+def from_json(cls:ChannelStats,
+    text:str # As `to_json` makes it
+)->ChannelStats:
+    "What `to_json` wrote"
+    return cls.from_dict(json.loads(text))
 
 @patch
 def all_reduce(self:ChannelStats)->ChannelStats:

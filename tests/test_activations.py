@@ -14,7 +14,7 @@ from fastai.basics import (Callback, CancelBatchException, CancelEpochException,
 from fastai.callback.schedule import *
 from fastai.torch_core import set_seed
 from fastai.data.load import DataLoader
-from fastai_normx import activations as A
+from fastai_normx import activations as A, recorder as R
 from fastai_normx.activations import ActivationLogger, ActivationLoggerWarning, ActivationRecorder, ActivationWarning
 
 pytestmark = pytest.mark.filterwarnings('error::fastai_normx.activations.ActivationLoggerWarning', 'error::fastai_normx.activations.ActivationWarning')
@@ -46,7 +46,7 @@ def is_clean(learn):
     al = learn.activation_logger
     assert n_hooks(learn.model) == 0
     assert '_with_events' not in vars(learn)
-    assert not al._rec or not (al._rec._bufs or al._rec._plans or al._rec._gens)
+    assert not al._rec or not (al._rec._bufs or al._rec._plans)
     return True
 
 
@@ -56,7 +56,7 @@ def numpy_stats(x):
     return dict(mean=ok.mean(), std=ok.std(), min=ok.min(), max=ok.max(), near_zero=(np.abs(ok) <= .05).sum()/len(x), nonfinite=1 - len(ok)/len(x))
 
 
-def row(rec, i=0): return {k: float(v[i]) for k, v in A._columns(rec[0]).items()}
+def row(rec, i=0): return {k: float(v[i]) for k, v in R._columns(rec[0]).items()}
 
 
 class Out(nn.Module):
@@ -193,7 +193,7 @@ def test_vissl_nested_tuples_end():
     d['d'] = d
     deep = x = torch.randn(3)
     for _ in range(50): deep = (deep,)
-    assert [id(t) for t in A._tensors((loop, d, x, deep, x))] == [id(x)]
+    assert [id(t) for t in R._tensors((loop, d, x, deep, x))] == [id(x)]
 
 
 def test_torchexplorer_first_batch_nan_and_infinite_shares():
@@ -258,16 +258,16 @@ def test_torchinstruments_channels_and_batchnorm():
 
 def test_default_layers_and_selection():
     m = small()
-    names = lambda layers: list(A._select(m, layers))
+    names = lambda layers: list(R._select(m, layers))
     assert names(None) == ['0', '1', '3', '4', '8'] == names(list('01348'))
     assert names(nn.Conv2d) == ['0', '3'] and names((nn.Conv2d, 'x*', nn.ReLU)[::2]) == ['0', '2', '3', '5']
     assert names(m[2]) == ['2'] and names([m[8], '0']) == ['0', '8'] and names(lambda n, l: n.isdigit() and int(n) > 6) == ['7', '8']
     assert names('[0-2]') == ['0', '1', '2'] and len(names('*')) == 10
-    assert list(A._select(nn.Linear(2, 2), None)) == ['Linear']
+    assert list(R._select(nn.Linear(2, 2), None)) == ['Linear']
     with pytest.raises(ValueError, match=r"no module of this Sequential matches 'conv\*'.*called 0, 1, 2"): names('conv*')
     with pytest.raises(ValueError, match='no module of this Sequential matches'): names(nn.LSTM)
     with pytest.raises(TypeError, match='received 3'): names(3)
-    with pytest.raises(ValueError, match='no module with parameters'): A._select(nn.Sequential(nn.ReLU()), None)
+    with pytest.raises(ValueError, match='no module with parameters'): R._select(nn.Sequential(nn.ReLU()), None)
 
 
 def test_attention_is_one_layer():
@@ -307,7 +307,7 @@ def test_exact_equals_float64_numpy(a, bad):
     got, want = row(rec.record), numpy_stats(x.numpy())
     for k in stats: assert got[k] == pytest.approx(want[k], rel=1e-9, abs=1e-9*(abs(shift)+scale)), k
     ok = x.numpy()[np.isfinite(x.numpy())]
-    edges, H = A._edges(rec.record[2][0]), rec.record[1][0]
+    edges, H = R._edges(rec.record[2][0]), rec.record[1][0]
     if x.numel() > 4096:  # histograms are of a sample
         assert abs(H.sum()/4096 - len(ok)/x.numel()) < .05 and 20 <= np.ptp(np.flatnonzero(H)) + 45
         return
@@ -329,14 +329,14 @@ def test_merging_equals_all_at_once(seed, parts, nan):
         with rec: m(torch.ones(1))
         recs.append(rec.record)
     both = recs[0]
-    for r in recs[1:]: both = A._merge(both, r)
+    for r in recs[1:]: both = R._merge(both, r)
     all_ = np.concatenate(xs)
     if not np.isfinite(all_).any(): return
     got, want = row(both), numpy_stats(all_)
     for k in stats: assert got[k] == pytest.approx(want[k], rel=1e-8, abs=1e-8), k
     assert both[1].sum() == np.isfinite(all_).sum()
     # the histogram is the histogram of all values on the wider bins
-    edges = A._edges(both[2][0])
+    edges = R._edges(both[2][0])
     cum, true = np.cumsum(both[1][0]), [(all_ < e).sum() for e in edges[1:]]
     assert np.abs(cum-true)[np.abs(edges[1:]-all_[np.isfinite(all_)].mean()) < 4*np.nanstd(all_)].max(initial=0) <= max(2, .03*len(all_))
 
@@ -345,8 +345,8 @@ def test_histogram_merge_moves_nothing_between_bins():
     a, b = np.zeros((1, 64), np.int64), np.zeros((1, 64), np.int64)
     a[0, [0, 5, 63]], b[0, [1, 60]] = [1, 2, 3], [4, 5]
     ea, eb = np.array([[0, -10]]), np.array([[2, -3]])  # widths 1 and 4
-    c, e = A._merge_hists(a, ea, b, eb)
-    got = {(lo, lo+2.**e[0, 0]): n for lo, n in zip(A._edges(e[0]), c[0]) if n}
+    c, e = R._merge_hists(a, ea, b, eb)
+    got = {(lo, lo+2.**e[0, 0]): n for lo, n in zip(R._edges(e[0]), c[0]) if n}
     w = 2.**e[0, 0]
     want = {}
     for lo, n in [(-10, 1), (-5, 2), (53, 3), (-8, 4), (228, 5)]:
@@ -396,7 +396,7 @@ def test_every_element_is_as_likely(shape, stride, axis):
     flat, n, reps = x.as_strided((x.numel(),), (1,)), x.numel(), 400
     count = torch.zeros(n)
     for _ in range(reps):
-        idx, C, K = A._places(x.shape, x.stride(), axis, 1024, lambda *s: torch.rand(*s, generator=g, dtype=torch.float64))
+        idx, C, K = R._places(x.shape, x.stride(), axis, 1024, g)
         assert len(idx) == 1024
         count.index_add_(0, flat[idx], torch.ones(1024))
         if C: assert (torch.bincount(torch.unravel_index(flat[idx[:C*K]], shape)[axis]) == K).all()
@@ -479,10 +479,10 @@ def test_bn_distance_against_numpy():
 
 def test_bn_distance_needs_trained_statistics_and_other_orders():
     r = record(small(), torch.randn(8, 3, 16, 16)).record
-    assert np.isnan(A._columns(r[0])['bn_dist']).all()
+    assert np.isnan(R._columns(r[0])['bn_dist']).all()
     m = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Flatten(), nn.BatchNorm1d(4*30*30)).train()
     for b in (m[0], m[3], m[5]): b.running_mean += .1
-    for sample in (None, 4096): assert np.isfinite(A._columns(record(m, torch.randn(8, 3, 32, 32), sample=sample).record[0])['bn_dist']).tolist() == [True, False, True, True]
+    for sample in (None, 4096): assert np.isfinite(R._columns(record(m, torch.randn(8, 3, 32, 32), sample=sample).record[0])['bn_dist']).tolist() == [True, False, True, True]
 
 
 def test_bn_reference_is_from_the_start_of_fit():
@@ -561,12 +561,12 @@ def test_thousands_of_calls_stay_in_one_buffer():
 def test_a_hook_that_fails_is_a_warning():
     al = ActivationLogger()
     learn = get_learner(cbs=al)
-    real = A._axis
+    real = R._axis
     def boom(rule, ndim):
         if ndim == 2: raise RuntimeError('boom')
         return real(rule, ndim)
     with pytest.MonkeyPatch.context() as mp:
-        mp.setattr(A, '_axis', boom)
+        mp.setattr(R, '_axis', boom)
         with pytest.warns(ActivationLoggerWarning, match='Layer 8 is not recorded: RuntimeError: boom') as ws: learn.fit(1)
     assert len(ws) == 1 and set(al.to_df().layer) == set('0134')
 
@@ -943,7 +943,7 @@ def test_memory_is_bounded_and_nothing_that_happened_is_lost():
     h = A._History(8)
     recs, every = [], []
     for t in range(1000):
-        rec = A._empty(3, True)
+        rec = R._empty(3, True)
         rec[0][:] = [[100, t, 1, t-3., t+3., .1, .01*(t == 77), np.nan, t % 5]]*3
         rec[1][:, 10], rec[2][:, 0] = 100, t % 7
         every.append(rec)
@@ -953,9 +953,9 @@ def test_memory_is_bounded_and_nothing_that_happened_is_lost():
     sizes = [m['batches'] for m in h.meta]
     assert len(set(sizes[:-1])) == 1
     from functools import reduce
-    a, b = reduce(A._merge, h.recs), reduce(A._merge, every)
+    a, b = reduce(R._merge, h.recs), reduce(R._merge, every)
     assert np.allclose(a[0], b[0], equal_nan=True) and a[1].sum() == b[1].sum() == 300000
-    assert a[0][0, A._max] == 1002 and a[0][0, A._bad] == pytest.approx(1e-5)
+    assert a[0][0, R._max] == 1002 and a[0][0, R._bad] == pytest.approx(1e-5)
 
 
 @pytest.mark.parametrize('hist,size', [(True, 336), (False, 72)])
