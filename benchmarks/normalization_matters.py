@@ -34,6 +34,7 @@ from torchvision import transforms as T
 
 from fastai_normx.cli import _lite0_weights, _photos, _tiles
 from fastai_normx.expected import _clip, _compose, expected_stats
+from fastai_normx.recorder import ActivationRecorder
 from fastai_normx.stats import ChannelStats
 from machine import cpu_name
 
@@ -210,26 +211,24 @@ def first_layer(model, x):
     return {k: {n: round(v, 5) for n, v in r.items()} for k, r in res.items()}
 
 def by_depth(model, x, f, right=None, bs=50):
-    """For each BatchNorm `[distance, ratio, change]`, and samples of the outputs. Distance of its input's channel means from the running means, in running
-    stds (mean over channels); ratio of the stds (median); change of its outputs from those in `right`, relative to their own spread"""
-    seen, outs, bns = {}, {}, {k: m for k, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
-    def look(k):
+    """For each BatchNorm `[distance, change]`, and samples of the outputs. Distance of its input from the running statistics, `ActivationRecorder`'s `bn_dist` over
+    all values; change of its outputs from those in `right`, relative to their own spread"""
+    outs, bns = {}, {k: m for k, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    def keep(k):
         def hook(m, i, o):
-            seen.setdefault(k, []).append(ChannelStats.of(i[0]))
             step = max(o.shape[-1]//7, 1)
             outs.setdefault(k, []).append(o[..., step//2::step, step//2::step].clone())
         return hook
-    hooks = [m.register_forward_hook(look(k)) for k, m in bns.items()]
+    hooks = [m.register_forward_hook(keep(k)) for k, m in bns.items()]
     try:
-        with torch.inference_mode():
+        with ActivationRecorder(model, nn.BatchNorm2d, hist=False, sample=None) as rec, torch.inference_mode():
             for b in x.split(bs): model(f(b))
     finally:
         for h in hooks: h.remove()
-    outs, res = {k: torch.cat(o) for k, o in outs.items()}, {}
-    for k, m in bns.items():
-        s, sd, r = sum(seen[k], ChannelStats()), (m.running_var.double()+m.eps).sqrt(), (right or outs)[k]
-        change = (outs[k]-r).norm()/(r-r.mean((0, 2, 3), keepdim=True)).norm()
-        res[k] = [round(float(v), 4) for v in (((s.mean-m.running_mean.double()).abs()/sd).mean(), (s.std/sd).median(), change)]
+    dist, outs, res = rec.to_df().set_index('layer').bn_dist, {k: torch.cat(o) for k, o in outs.items()}, {}
+    for k in bns:
+        r = (right or outs)[k]
+        res[k] = [round(float(v), 4) for v in (dist[k], (outs[k]-r).norm()/(r-r.mean((0, 2, 3), keepdim=True)).norm())]
     return res, outs
 
 def mechanism(x, names=None, depth=True):
@@ -248,8 +247,8 @@ def show_mechanism(r):
     print('\nRoot mean square change of the first BatchNorm\'s output, in its own standard deviations\n'
           '| mistake                                     | frozen  | batch   | no padding | no padding, eps 0 |')
     for k, v in r['first_layer'].items(): print(f"| {k:43} | {v['frozen']:7.3f} | {v['batch']:7.4f} | {v['no_padding']:10.4f} | {v['no_padding_no_eps']:17.5f} |")
-    for i, what in enumerate(('Inputs of BatchNorm: distance of their means from the running means, in running stds', None, 'Outputs of BatchNorm: change from those under the expected constants, relative')):
-        if not what or 'by_depth' not in r: continue
+    for i, what in enumerate(("Inputs of BatchNorm: distance from the running statistics, in running stds", 'Outputs of BatchNorm: change from those under the expected constants, relative')):
+        if 'by_depth' not in r: continue
         print(f'\n{what}\n| pipeline                         | BatchNorm | first  | a quarter | half  | last  |')
         for k, modes in r['by_depth'].items():
             for mode, d in modes.items():
@@ -261,9 +260,8 @@ def sec_mechanism(a, save):
     r = mechanism(x)
     show_mechanism(r)
     save(**r, n_images=len(x), data='every fifth image of section imagenet' if a.data else '60 crops of twelve photographs', method='First layer: float64, against the expected '
-         'pipeline on the same images; "batch" pads as the model does, "no padding" is the same convolution without. By depth, for each BatchNorm: [distance of its input\'s channel '
-         'means from the running means in running stds, mean over channels; ratio of the stds, median; change of its outputs from those under the expected constants, '
-         'relative to their spread, at 7 x 7 positions or a few more]; batches of 50.')
+         'pipeline on the same images; "batch" pads as the model does, "no padding" is the same convolution without. By depth, for each BatchNorm: [distance of its input from the '
+         'running statistics, `bn_dist` of ActivationRecorder(sample=None); change of its outputs from those under the expected constants, relative to their spread, at 7 x 7 positions or a few more]; batches of 50.')
 
 
 def tiny(norm_layer):
