@@ -21,7 +21,7 @@ from fastai.learner import Recorder
 from .expected import _warn
 from .recorder import ActivationRecorder,_bins,_check_sample,_cols,_columns,_edges,_frame,_is_compiled,_max,_mean,_merge,_merge_hists,_min,_n,_select,_var
 
-# %% ../nbs/04_activations.ipynb #eb87d925
+# %% ../nbs/04_activations.ipynb #1348de3b
 _all_ = ['ActivationRecorder']
 
 # %% ../nbs/04_activations.ipynb #ae2b476e
@@ -108,7 +108,7 @@ def _sinks(to):
     elif callable(to): return [_Function(to)]
     raise ValueError(f'`to` takes a path that ends in .csv or .parquet, a TensorBoard `SummaryWriter`, a W&B run, a function of a DataFrame, or a list of these; received {to!r}.')
 
-# %% ../nbs/04_activations.ipynb #356ba058
+# %% ../nbs/04_activations.ipynb #345a053b
 class ActivationWarning(UserWarning): "A layer's activations need a look"
 class ActivationLoggerWarning(UserWarning): "Something was not recorded or not written, and why"
 
@@ -428,7 +428,7 @@ def plot(self:ActivationLogger,
     im = ax.imshow(M, aspect='auto', interpolation='nearest', cmap=('RdBu_r' if relative or key=='mean' else 'viridis'), extent=(*_extent(x), len(M)-.5, -.5), norm=norm, vmin=None if norm else 0)
     _ticks(ax.set_yticks, names, 60)
     ax.set(xlabel='training batch', title=f"{key.replace('_', ' ')} of each layer's {'output' if stat==key else 'gradient'}{', relative to the first record'*relative} ({split})")
-    ax.figure.colorbar(im, ax=ax, pad=.02, extend='both' if relative or key=='std' else 'neither')
+    ax.figure.colorbar(im, ax=ax, pad=.02, fraction=.05, aspect=40, extend='both' if relative or key=='std' else 'neither')
     return ax
 
 # %% ../nbs/04_activations.ipynb #34fffe8f

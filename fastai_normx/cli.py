@@ -159,7 +159,7 @@ def normx_demo(
     learn.remove_cbs([log, learn.stats_match_cb])
     print(f'Input:     {seen.outcome}, says StatsMatch after {len(seen.observed)} images: {_pair(seen.applied)}')
     print(f'Layers:    {log.to_df().layer.nunique()}, logged every batch by ActivationLogger')
-    log.plot(); save('layers.png')
+    log.plot(relative=True); save('layers.png')
     with learn.no_bar(): acc = learn.validate()[1]
     print(f'\nAccuracy:  {acc:.1%}, with the constants the backbone expects\n\nThe same model, validated with')
     accs = _accuracies(learn)

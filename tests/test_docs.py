@@ -54,3 +54,11 @@ def test_parameters_are_documented(name):
 
 @pytest.mark.parametrize('name', names)
 def test_is_used_in_a_lesson(name): assert re.search(rf'\b{name.split(".")[-1]}\b', lessons)
+
+
+@pytest.mark.parametrize('p', sorted((root/'nbs').rglob('*.ipynb')), ids=lambda p: p.stem)
+def test_pages_lose_nothing(p):
+    "nbdev drops what stands below title and subtitle in their cell, and links names in backticks itself, also inside a link"
+    md = [''.join(c['source']) for c in json.loads(p.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'markdown']
+    assert re.fullmatch(r'# .+\n\n> .+\n?', next(s for s in md if s.startswith('# ')))
+    assert not [m for s in md for m in re.findall(r'\[`\w+`\]\([^)]*\)', s) if m.split('`')[1] in names]
