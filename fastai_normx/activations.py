@@ -21,7 +21,7 @@ from fastai.learner import Recorder
 from .expected import _warn
 from .recorder import ActivationRecorder,_bins,_check_sample,_cols,_columns,_edges,_frame,_is_compiled,_max,_mean,_merge,_merge_hists,_min,_n,_select,_var
 
-# %% ../nbs/04_activations.ipynb #1348de3b
+# %% ../nbs/04_activations.ipynb #86f3cb68
 _all_ = ['ActivationRecorder']
 
 # %% ../nbs/04_activations.ipynb #ae2b476e
@@ -108,7 +108,7 @@ def _sinks(to):
     elif callable(to): return [_Function(to)]
     raise ValueError(f'`to` takes a path that ends in .csv or .parquet, a TensorBoard `SummaryWriter`, a W&B run, a function of a DataFrame, or a list of these; received {to!r}.')
 
-# %% ../nbs/04_activations.ipynb #345a053b
+# %% ../nbs/04_activations.ipynb #be7d4bf7
 class ActivationWarning(UserWarning): "A layer's activations need a look"
 class ActivationLoggerWarning(UserWarning): "Something was not recorded or not written, and why"
 
@@ -439,7 +439,7 @@ def plot_layer_stats(self:ActivationLogger,
     "Mean, std and share near zero of layer `i` over training"
     import matplotlib.pyplot as plt
     i = self._index(i)
-    fig,axs = plt.subplots(1, 3, figsize=(12,3), layout='constrained')
+    fig,axs = plt.subplots(1, 3, figsize=(10,3), layout='constrained')
     for ax,k in zip(axs, ('mean','std','near_zero')):
         for split,style in (('train',dict(lw=1.2)),('valid',dict(ls='', marker='.'))):
             c,_,x = self._values(split)

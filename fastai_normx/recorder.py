@@ -7,7 +7,7 @@ Docs: https://fastai.github.io/fastai_normx/recorder.html.md"""
 # %% auto #0
 __all__ = ['ActivationRecorder']
 
-# %% ../nbs/04a_recorder.ipynb #70d86976
+# %% ../nbs/04a_recorder.ipynb #3aebfde5
 import threading,weakref
 from collections import Counter,namedtuple
 from collections.abc import Mapping
@@ -178,7 +178,7 @@ class _Buffer:
         ends = np.cumsum([t.numel() for *_,t in done])
         return [(k, ms, flat[e-t.numel():e].reshape(t.shape)) for (k,ms,t),e in zip(done, ends)]
 
-# %% ../nbs/04a_recorder.ipynb #d4353d86
+# %% ../nbs/04a_recorder.ipynb #37587d96
 def _unwrap(model):
     "The model inside `torch.compile`, `DataParallel` and `DistributedDataParallel`"
     inner = model.module if isinstance(model, (nn.DataParallel,nn.parallel.DistributedDataParallel)) else getattr(model, '_orig_mod', None)
