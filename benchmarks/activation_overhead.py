@@ -53,11 +53,12 @@ class NoValid(Callback):
 
 
 class TorchInstruments(Callback):
-    "Its observer on all leaves, at every step"
+    "Its observer on all leaves, at every step; it writes its files at every step too"
+    def __init__(self, **kw): self.kw = kw
     def before_fit(self):
         import torchinstruments as ti
         self.dir = tempfile.mkdtemp()
-        ti.inject_observer(self.model, sampler=ti.AlwaysSampler(), selector=ti.leaf_modules(), output_dir=self.dir)
+        ti.inject_observer(self.model, sampler=ti.AlwaysSampler(), selector=ti.leaf_modules(), output_dir=self.dir, **self.kw)
     def after_fit(self):
         import torchinstruments as ti
         ti.remove_observer(self.model); shutil.rmtree(self.dir)
@@ -72,7 +73,7 @@ ways = {'no callback': None,
         'ActivationLogger(sample=None, hist=False)': lambda: ActivationLogger(valid=False, sample=None, hist=False),
         'fastai ActivationStats()': lambda: ActivationStats(),
         'fastai ActivationStats(with_hist=True)': lambda: ActivationStats(with_hist=True)}
-try: version('torchinstruments'); ways['TorchInstruments, leaves, every step'] = TorchInstruments
+try: version('torchinstruments'); ways |= {'TorchInstruments': TorchInstruments, 'TorchInstruments, no histograms': lambda: TorchInstruments(histograms=())}
 except Exception: print('TorchInstruments is not installed: left out')
 if args.ways: ways = {k: v for k, v in ways.items() if v is None or any(w in k for w in args.ways.split(','))}
 
@@ -137,6 +138,6 @@ for name in args.models.split(','):
 
 load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else None
 about = dict(device=torch.cuda.get_device_name() if on_gpu else cpu_name(), threads=torch.get_num_threads(), cores=os.cpu_count(), load_at_end=load, clock='processor time' if args.cpu_time else 'wall time', rounds=args.rounds, steps=args.steps,
-             python=platform.python_version(), **{k: version(k) for k in ('torch', 'fastai', 'torchvision', 'timm', *(['torchinstruments'] if 'TorchInstruments, leaves, every step' in ways else []))})
+             python=platform.python_version(), **{k: version(k) for k in ('torch', 'fastai', 'torchvision', 'timm', *(['torchinstruments'] if 'TorchInstruments' in ways else []))})
 print('\n' + ', '.join(f'{k} {v}' for k, v in about.items() if v is not None))
 if args.json: Path(args.json).write_text(json.dumps(dict(about=about, results=res), indent=1))

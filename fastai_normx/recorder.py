@@ -30,8 +30,8 @@ from .stats import _moments
 def _draw(dims, k, c, gen):
     "Memory offsets `[k,c]` of random positions in `dims`, (size, stride) of each axis: one in each of `k` strata of equal length"
     dims = sorted(dims, key=lambda o: -o[1])
-    n,u = prod(o[0] for o in dims),torch.rand(k, c, dtype=torch.float64, generator=gen)
-    q = ((u*(k<n) + torch.arange(k)[:,None])*(n/k)).long().clamp_(max=n-1)
+    n,u = prod(o[0] for o in dims),torch.rand(k, c, dtype=torch.float64, device='cpu', generator=gen)
+    q = ((u*(k<n) + torch.arange(k, device='cpu')[:,None])*(n/k)).long().clamp_(max=n-1)
     off = torch.zeros_like(q)
     for n,s in reversed(dims): off,q = off+q%n*s,q//n
     return off
@@ -39,7 +39,7 @@ def _draw(dims, k, c, gen):
 def _places(shape, stride, axis, size, gen=None, chans=None):
     "Offsets of `size` random elements, or of all; and `C` and `K`: the first `[K,C]` are `K` from each of `C` channels"
     dims,size = list(zip(shape, stride)),min(size, prod(shape))
-    c = torch.arange(shape[axis] if axis is not None else size) if chans is None else chans
+    c = torch.arange(shape[axis] if axis is not None else size, device='cpu') if chans is None else chans
     C,K = len(c),size//len(c)
     if K<2: return _draw(dims, size, 1, gen).flatten(),0,0
     off = (_draw(dims[:axis]+dims[axis+1:], K, C, gen) + c*dims[axis][1]).flatten()
@@ -300,7 +300,7 @@ def _plan(self:ActivationRecorder, key):
     C,size,idx,span = shape[axis] if axis is not None else 0,self.sample or 4096,None,0
     K = n//C if C else 0
     if n and dev.type!='meta' and not (exact and (only_bn or not self.hist)):
-        if only_bn and n>size and C>size//16: chans = torch.randperm(C, generator=self._gen)[:size//16].sort().values
+        if only_bn and n>size and C>size//16: chans = torch.randperm(C, device='cpu', generator=self._gen)[:size//16].sort().values
         idx,*ck = _places(shape, stride, axis, size, self._gen, chans)
         span = 1+sum((k-1)*s for k,s in zip(shape, stride))
         if not exact: C,K = ck

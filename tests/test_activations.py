@@ -427,6 +427,14 @@ def test_global_random_state_is_left_alone():
 
 
 @pytest.mark.parametrize('sample', [None, 4096])
+def test_default_device_does_not_matter(sample):
+    m, x = small(), torch.randn(8, 3, 64, 64)
+    m(x)  # BatchNorm has running statistics now
+    with torch.device('meta'), ActivationRecorder(m, sample=sample) as rec: m(x)
+    assert not rec.problems and rec.to_df()['std'].gt(0).all()
+
+
+@pytest.mark.parametrize('sample', [None, 4096])
 def test_logging_does_not_change_training(sample):
     def run(cbs):
         set_seed(1)
