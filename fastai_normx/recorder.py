@@ -48,25 +48,27 @@ def _places(shape, stride, axis, size, gen=None, chans=None):
 # %% ../nbs/04a_recorder.ipynb #359f52bf
 _near = .05
 
+def _parts(X, ax=1):
+    "Of each block of a matrix along `ax`: values, mean, sum of squared deviations, min, max, values near zero; `[6,parts]`, float64"
+    res = []
+    for R in X.split(max(1, 2**18//X.shape[1])):
+        m = R.mean(ax, keepdim=True)
+        sq = F.mse_loss(R, m.expand_as(R), reduction='none').sum(ax)
+        res.append(torch.stack([torch.full_like(sq, R.shape[ax]), m.flatten(), sq, R.amin(ax), R.amax(ax), R.abs().le_(_near).sum(ax)]))
+    return torch.cat(res, 1).double()
+
 def _row_stats(X):
-    "`[R,6]` of the rows of `[R,k]`: finite values, mean, variance, min, max, values near zero"
-    k = X.shape[1]
-    if X.device.type=='cpu':
-        m = X.mean(1)
-        D = X-m[:,None]
-        var = torch.linalg.vector_norm(D, dim=1).square_()/k-D.mean(1).square_()
-        res = torch.stack([torch.full_like(m, k), m, var, X.amin(1), X.amax(1), torch.abs(X, out=D).le_(_near).sum(1)], 1)
-        if res.isfinite().all(): return res.double()
-    n,m,sq,lo,hi,_ = _moments(X)
-    return torch.stack([n, m, sq/n.clamp(min=1), lo, hi, (X.abs()<=_near).sum(1).double()], 1)
+    "The same of all finite values in each row"
+    if X.device.type=='cpu' and (S := _parts(X)).sum().isfinite(): return S
+    return torch.stack([*_moments(X)[:5], (X.abs()<=_near).sum(1).double()])
 
 # %% ../nbs/04a_recorder.ipynb #7d0c42ef
 _bins = 64
 
 def _hist(X, mom):
     "`[R,2+bins]` of rows with these `_row_stats`: exponent of the bins' width, number of the first bin, then the counts"
-    n,m,var,lo,hi,_ = mom.unbind(1)
-    R,k,sd = *X.shape,var.clamp(min=0).sqrt()*8
+    n,m,sq,lo,hi,_ = mom
+    R,k,sd = *X.shape,(sq/n.clamp(min=1)).sqrt()*8
     lo,hi = torch.maximum(lo, m-sd).where(n>0, 0.),torch.minimum(hi, m+sd).where(n>0, 0.)
     e = torch.maximum((hi-lo)/(_bins-2), torch.maximum(lo.abs(), hi.abs())*2**-20).clamp(min=2.**-100).log2().ceil()
     first = (lo*torch.exp2(-e)).floor()
@@ -104,27 +106,16 @@ def _bn_ref(m):
     return np.stack([mu, np.sqrt(var), np.sqrt(np.maximum(var, .01*var.mean())+m.eps)])
 
 # %% ../nbs/04a_recorder.ipynb #472c4174
-def _parts(X, ax):
-    "Of each block of `X` along `ax`: values, mean, sum of squared deviations, min, max, values near zero; `[6,parts]`"
-    res = []
-    for R in X.split(max(1, 2**18//X.shape[1])):
-        m = R.mean(ax, keepdim=True)
-        sq = F.mse_loss(R, m.expand_as(R), reduction='none').sum(ax)
-        res.append(torch.stack([torch.full_like(sq, R.shape[ax]), m.flatten(), sq, R.amin(ax), R.amax(ax), R.abs().le_(_near).sum(ax)]))
-    return torch.cat(res, 1)
-
 def _exact(x, axis):
     "The same of all of `x`, in parts of its channels: `[6,parts,C,parts]`"
     if x.dtype not in (torch.float32,torch.float64): x = x.float()
     if axis is None: x,axis = x.reshape(1, 1, -1),1
-    C = x.shape[axis]
     if x.device.type=='cpu':
         if not x.is_contiguous(): x,axis = x.movedim(axis, -1).contiguous(),x.ndim-1
-        n,k = prod(x.shape[:axis]),prod(x.shape[axis+1:])       # `x` is [n,C,k] in memory
-        S = _parts(x.view(-1, k), 1) if k>=64 else _parts(x.view(n//gcd(n, 32//gcd(C*k, 32)), -1), 0)  # rows of 32 or a multiple are fast
+        n,C,k = prod(x.shape[:axis]),x.shape[axis],prod(x.shape[axis+1:])       # `x` is [n,C,k] in memory
+        S = _parts(x.view(-1, k)) if k>=64 else _parts(x.view(n//gcd(n, 32//gcd(C*k, 32)), -1), 0)  # rows of 32 or a multiple are fast
         if S.sum().isfinite(): return S.view(6, -1, C, 1 if k>=64 else k)
-    X = x.movedim(axis, 0).flatten(1)
-    return torch.stack([*_moments(X)[:5], (X.abs()<=_near).sum(1).double()])[:,None,:,None]
+    return _row_stats(x.movedim(axis, 0).flatten(1).double())[:,None,:,None]
 
 def _join(n, m, sq, axis):
     "Values, mean and sum of squared deviations of parts along `axis`, taken together (Chan et al.)"
@@ -411,7 +402,7 @@ def _as_rows(done):
         n,m,sq,lo,hi,near = A
         n,m,sq = _join(n, m, sq, (0,2))
         N,mean,dev = _join(n, m, sq, 0)
-        yield 'mom',ms,np.array([[N, mean, dev/max(N, 1), lo.min(), hi.max(), near.sum()]])
+        yield 'mom',ms,np.array([[N], [mean], [dev], [lo.min()], [hi.max()], [near.sum()]])
         if ms[0][2].C: yield 'still',ms,_still(lo.min((0,2)), hi.max((0,2)))[None]
         if ms[0][1] is not None: yield 'bn',ms,np.array([[[m,np.sqrt(sq/np.maximum(n, 1))]]*2])
 
@@ -430,7 +421,7 @@ def _assemble(self:ActivationRecorder, done):
     "One record from what was computed: several calls of a module are taken together"
     calls,hists,dead,dists,nth = [],{},{},{},Counter()
     for kind,ms,A in _as_rows(done):
-        if kind=='mom': calls += [(m,a) for m,a in zip(ms, A) if m[0] is not None]
+        if kind=='mom': calls += [(m,a) for m,a in zip(ms, A.T) if m[0] is not None]
         elif kind=='hist': hists.update((id(m),a) for m,a in zip(ms, A))
         elif kind=='still': dead.update((m[0],np.fmax(dead.get(m[0], np.nan), self._dead_share(m[0], m[2].K, a>0))) for m,a in zip(ms, A) if m[0] is not None)
         else:
@@ -443,8 +434,8 @@ def _assemble(self:ActivationRecorder, done):
         nth[m[0]] += 1
     for j,o in enumerate(rounds):
         r,k,n = np.array([(m[0],m[2].k,m[2].n) for m,_ in o]).T
-        M,one = np.stack([a for _,a in o]),_empty(self.rows, self.hist) if j else rec
-        one[0][r,:_dead] = np.column_stack([n, M[:,1:5], M[:,5]/k, 1-M[:,0]/k])
+        (f,mean,sq,lo,hi,near),one = np.stack([a for _,a in o], 1),_empty(self.rows, self.hist) if j else rec
+        one[0][r,:_dead] = np.column_stack([n, mean, sq/np.maximum(f, 1), lo, hi, near/k, 1-f/k])
         if self.hist:
             H = np.stack([hists[id(m)] for m,_ in o])
             one[1][r],one[2][r] = H[:,2:],H[:,:2]
