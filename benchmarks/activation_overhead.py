@@ -2,12 +2,14 @@
 
 python benchmarks/activation_overhead.py [--device cpu] [--models resnet18,convnext_atto,...] [--rounds 9] [--json FILE]
 
-Every way of watching trains the same model on the same batch, in fits of a few steps that take turns; from one round to the next the
-order rotates. A step is timed from the start of its batch to the start of the next, so everything that happens in between counts; the
-first of each fit is left out. Printed are the median step without watching and, for each way, the median over rounds of the ratio to
-that round's plain step, with quartiles. `every 10, not recorded` times only steps that are not recorded. Memory is the most that was
-in use during a fit above what was in use before it, less the same for the plain fit: of the process on Linux, of the GPU on CUDA."""
-import argparse, gc, json, os, platform, shutil, statistics, tempfile, time, warnings; warnings.filterwarnings('ignore')
+Every way of watching trains the same model on the same batch, in fits of a few steps. In each round the ways come in another random
+order, with a fit without watching before the first, between any two and after the last. A step is timed from the start of its batch to
+the start of the next, so everything that happens in between counts; the first of each fit is left out. A way's figure is its fastest
+step over the mean of the fastest of the two plain fits beside it, less one (what disturbs a step only adds to it): the median over
+rounds, with quartiles. `not recorded` times only steps
+that are not recorded. Memory is the most that was in use during a fit above what was in use before it, less the same for the plain
+fits: of the process on Linux, of the GPU on CUDA. With --json the results are added to those that FILE has of other models and ways."""
+import argparse, gc, json, os, platform, random, shutil, statistics, tempfile, time, warnings; warnings.filterwarnings('ignore')
 from importlib.metadata import version
 from pathlib import Path
 
@@ -64,8 +66,7 @@ class TorchInstruments(Callback):
         ti.remove_observer(self.model); shutil.rmtree(self.dir)
 
 
-ways = {'no callback': None,
-        'ActivationLogger()': lambda: ActivationLogger(valid=False),
+ways = {'ActivationLogger()': lambda: ActivationLogger(valid=False),
         'ActivationLogger(hist=False)': lambda: ActivationLogger(valid=False, hist=False),
         'ActivationLogger(grads=True)': lambda: ActivationLogger(valid=False, grads=True),
         'ActivationLogger(every=10), not recorded': lambda: ActivationLogger(valid=False, every=10),
@@ -75,7 +76,7 @@ ways = {'no callback': None,
         'fastai ActivationStats(with_hist=True)': lambda: ActivationStats(with_hist=True)}
 try: version('torchinstruments'); ways |= {'TorchInstruments': TorchInstruments, 'TorchInstruments, no histograms': lambda: TorchInstruments(histograms=())}
 except Exception: print('TorchInstruments is not installed: left out')
-if args.ways: ways = {k: v for k, v in ways.items() if v is None or any(w in k for w in args.ways.split(','))}
+if args.ways: ways = {k: v for k, v in ways.items() if any(w in k for w in args.ways.split(','))}
 
 
 def get_model(name):
@@ -115,29 +116,28 @@ def fit(model, batch, cb):
 def q(v): return [round(o, 3) for o in (statistics.quantiles(v, n=4) if len(v) > 1 else v*3)]
 
 
-res = {}
+about = dict(device=torch.cuda.get_device_name() if on_gpu else cpu_name(), threads=torch.get_num_threads(), cores=os.cpu_count(), clock='processor time' if args.cpu_time else 'wall time', rounds=args.rounds, steps=args.steps,
+             python=platform.python_version(), **{k: version(k) for k in ('torch', 'fastai', 'torchvision', 'timm', *(['torchinstruments'] if 'TorchInstruments' in ways else []))})
+print(', '.join(f'{k} {v}' for k, v in about.items()))
+out = Path(args.json) if args.json else None
 for name in args.models.split(','):
     model, batch = get_model(name)
-    for cb in ways.values(): fit(model, batch, cb)  # warm up
-    secs, mem = {k: [] for k in ways}, {k: [] for k in ways}
+    def run(way):
+        secs, mem = fit(model, batch, ways.get(way))
+        return min(secs), mem
+    for k in ways: run(k)  # warm up
+    plain, ratio, mem = [run(None)], {k: [] for k in ways}, {k: [] for k in ways}
     for r in range(args.rounds):
-        keys = list(ways)
-        for k in keys[r % len(keys):] + keys[:r % len(keys)]:
-            ts, b = fit(model, batch, ways[k])
-            secs[k].append(statistics.median(ts)); mem[k].append(b)
-    base = secs['no callback']
-    print(f'\n{name}: {len([m for m in model.modules() if not list(m.children())])} leaf modules, plain step {statistics.median(base)*1e3:.1f} ms (from {min(base)*1e3:.1f} to {max(base)*1e3:.1f})')
-    res[name] = dict(plain_ms=q([s*1e3 for s in base]))
+        for k in random.Random(r).sample(list(ways), len(ways)):
+            t, m = run(k)
+            plain.append(run(None))
+            ratio[k].append(100*(2*t/(plain[-2][0]+plain[-1][0])-1)); mem[k].append(m)
+    base, m0 = zip(*plain)
+    print(f'\n{name}: {len([m for m in model.modules() if not list(m.children())])} leaf modules, plain step {statistics.median(base)*1e3:.1f} ms (quartiles {q(base)[0]*1e3:.1f} to {q(base)[2]*1e3:.1f})')
+    res = json.loads(out.read_text()) if out and out.exists() else {}
+    new = res.setdefault(name, dict(ways={})) | dict(plain_ms=q([s*1e3 for s in base]))
     for k in ways:
-        if k == 'no callback': continue
-        pct = q([100*(s/b-1) for s, b in zip(secs[k], base)])
-        mb = None if mem[k][0] is None else round((statistics.median(mem[k])-statistics.median(mem['no callback']))/2**20, 1)
-        res[name][k] = dict(percent=pct, mib=mb)
+        pct, mb = q(ratio[k]), None if m0[0] is None else round((statistics.median(mem[k])-statistics.median(m0))/2**20, 1)
+        new['ways'][k] = dict(percent=pct, mib=mb, about=about)
         print(f'  {k:42} {pct[1]:+7.1f} %  ({pct[0]:+.1f} to {pct[2]:+.1f})' + ('' if mb is None else f'  {mb:+8.1f} MiB'), flush=True)
-
-
-load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else None
-about = dict(device=torch.cuda.get_device_name() if on_gpu else cpu_name(), threads=torch.get_num_threads(), cores=os.cpu_count(), load_at_end=load, clock='processor time' if args.cpu_time else 'wall time', rounds=args.rounds, steps=args.steps,
-             python=platform.python_version(), **{k: version(k) for k in ('torch', 'fastai', 'torchvision', 'timm', *(['torchinstruments'] if 'TorchInstruments' in ways else []))})
-print('\n' + ', '.join(f'{k} {v}' for k, v in about.items() if v is not None))
-if args.json: Path(args.json).write_text(json.dumps(dict(about=about, results=res), indent=1))
+    if out: out.write_text(json.dumps(res | {name: new}, indent=1))
