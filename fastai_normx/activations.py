@@ -280,7 +280,7 @@ def _alert(self:ActivationLogger, now, rec):
         f = self._first = rms if self._first is None else np.where(np.isnan(self._first), rms, self._first)
         hits['exploding'] = (rms>1e4) | (rms>100*f) & (rms>100),rms
         hits['vanishing'] = (rms>0) & ((rms<1e-6) | (rms<f/100) & (rms<1e-3)),rms
-        hits['dead'] = (c['dead']>=.5) | (c['std']==0) & (rec[0][:n,_n]>=256),np.fmax(c['dead'], c['std']==0)
+        hits['dead'] = (c['dead']>=.5) | (same := c['min']==c['max']) & (rec[0][:n,_n]>=256),np.fmax(c['dead'], same)
     for cause,(hit,v) in hits.items():
         run = self._runs[cause] = (self._runs.get(cause, 0)+1)*hit    # records in a row
         new = [i for i in np.flatnonzero(run>=(5 if cause in ('vanishing','dead') else 1)) if (cause,i) not in self._said]
@@ -403,7 +403,7 @@ def _new_ax(figsize):
 
 @patch
 def plot(self:ActivationLogger,
-    stat:str='std', # A column of `to_df`, such as 'near_zero', 'dead', 'bn_dist' or 'grad_std'
+    stat:str='std', # 'mean', 'std', 'min', 'max', 'near_zero', 'nonfinite', 'dead' or 'bn_dist'; after 'grad_', of the gradients
     split:str='train', # Or 'valid'
     relative:bool=False, # As multiples of each layer's first record?
     ax=None, # Where to draw; None: a new figure
@@ -420,12 +420,13 @@ def plot(self:ActivationLogger,
         if key=='bn_dist': raise ValueError(_no_bn)
         show[:] = True
     M,names = M[show],[o for o,s in zip(self._names(), show) if s]
-    with np.errstate(all='ignore'): M = M/M[:,:1] if relative else M
+    with np.errstate(all='ignore'): M = M/np.take_along_axis(M, np.isfinite(M).argmax(1)[:,None], 1) if relative else M
     pos = M[np.isfinite(M) & (M>0)]
     top = np.clip(np.exp(np.abs(np.log(pos)).max(initial=0)), 2, 1e6)
-    norm = LogNorm(1/top, top) if relative else CenteredNorm() if key=='mean' else LogNorm(*np.quantile(pos, [.01,.99]).clip((m := np.median(pos))/100, m*100)) if key=='std' and len(pos) else None
+    signed = key in ('mean','min','max')
+    norm = LogNorm(1/top, top) if relative else CenteredNorm() if signed else LogNorm(*np.quantile(pos, [.01,.99]).clip((m := np.median(pos))/100, m*100)) if key=='std' and len(pos) else None
     ax = ax or _new_ax(figsize or (9, min(12, 1.5+.19*len(M))))
-    im = ax.imshow(M, aspect='auto', interpolation='nearest', cmap=('RdBu_r' if relative or key=='mean' else 'viridis'), extent=(*_extent(x), len(M)-.5, -.5), norm=norm, vmin=None if norm else 0)
+    im = ax.imshow(M, aspect='auto', interpolation='nearest', cmap=('RdBu_r' if relative or signed else 'viridis'), extent=(*_extent(x), len(M)-.5, -.5), norm=norm, vmin=None if norm else 0)
     _ticks(ax.set_yticks, names, 60)
     ax.set(xlabel='training batch', title=f"{key.replace('_', ' ')} of each layer's {'output' if stat==key else 'gradient'}{', relative to the first record'*relative} ({split})")
     ax.figure.colorbar(im, ax=ax, pad=.02, fraction=.05, aspect=40, extend='both' if relative or key=='std' else 'neither')
@@ -479,8 +480,9 @@ def plot_bn_dist(self:ActivationLogger,
     label=None # For the legend, to compare several runs in one figure; then only their last records are drawn
 ):
     "How far each BatchNorm's input is from the running statistics that it had when training began, by depth"
+    self._names()
     D = {split:self._values(split)[0]['bn_dist'] for split in ('train','valid') if len(self._hist[split])}
-    bns = np.flatnonzero(np.isfinite(np.concatenate([d[[0,-1]] for d in D.values()])).any(0)) if self._names() else []
+    bns = np.flatnonzero(np.isfinite(np.concatenate([d[[0,-1]] for d in D.values()])).any(0))
     if not len(bns): raise ValueError(_no_bn)
     ax = ax or _new_ax(figsize)
     for split,d in D.items():
@@ -489,6 +491,7 @@ def plot_bn_dist(self:ActivationLogger,
     _ticks(ax.set_xticks, [self._names()[i] for i in bns], 40, rotation=90)
     ax.set(ylabel='running standard deviations', title="Distance of each BatchNorm's input from its running statistics")
     ax.spines[['top','right']].set_visible(False)
-    ax.set_ylim(0, 1.2*max(.5, max(np.nanmax(o.get_ydata()) for o in ax.lines)))
+    ys = np.concatenate([np.asarray(o.get_ydata(), float) for o in ax.lines])
+    ax.set_ylim(0, 1.2*max(.5, ys[np.isfinite(ys)].max()))
     ax.legend(frameon=False, ncols=4, loc='upper center')
     return ax

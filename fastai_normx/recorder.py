@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor,nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from fastcore.basics import patch
 from fastcore.foundation import L
 from .stats import _moments
@@ -51,11 +52,12 @@ _near = .05
 def _parts(X, ax=1):
     "Of each block of a matrix along `ax`: values, mean, sum of squared deviations, min, max, values near zero; `[6,parts]`, float64"
     res = []
-    for R in X.split(max(1, 2**18//X.shape[1])):
+    for R in X.split(max(1 if ax else 64, 2**18//X.shape[1])):
         m = R.mean(ax, keepdim=True)
         sq = F.mse_loss(R, m.expand_as(R), reduction='none').sum(ax)
-        res.append(torch.stack([torch.full_like(sq, R.shape[ax]), m.flatten(), sq, R.amin(ax), R.amax(ax), R.abs().le_(_near).sum(ax)]))
-    return torch.cat(res, 1).double()
+        res.append(torch.stack([sq, m.flatten(), sq, R.amin(ax), R.amax(ax), R.abs().le_(_near).sum(ax)]).double())
+        res[-1][0] = R.shape[ax]    # in float64, since float32 cannot count beyond 2**24
+    return torch.cat(res, 1)
 
 def _row_stats(X):
     "The same of all finite values in each row"
@@ -101,7 +103,7 @@ def _bn_dist(halves, ref):
 
 def _bn_ref(m):
     "Running mean, standard deviation, and the scale to measure by, `[3,C]`, of a BatchNorm that was trained; or None"
-    if not isinstance(m, _BatchNorm) or m.running_mean is None or (m.running_mean==0).all() and (m.running_var==1).all(): return
+    if not isinstance(m, _BatchNorm) or m.running_mean is None or is_lazy(m.running_mean) or m.running_mean.is_meta or (m.running_mean==0).all() and (m.running_var==1).all(): return
     mu,var = (o.detach().double().cpu().numpy() for o in (m.running_mean,m.running_var))
     return np.stack([mu, np.sqrt(var), np.sqrt(np.maximum(var, .01*var.mean())+m.eps)])
 
@@ -113,9 +115,11 @@ def _exact(x, axis):
     if x.device.type=='cpu':
         if not x.is_contiguous(): x,axis = x.movedim(axis, -1).contiguous(),x.ndim-1
         n,C,k = prod(x.shape[:axis]),x.shape[axis],prod(x.shape[axis+1:])       # `x` is [n,C,k] in memory
-        S = _parts(x.view(-1, k)) if k>=64 else _parts(x.view(n//gcd(n, 32//gcd(C*k, 32)), -1), 0)  # rows of 32 or a multiple are fast
+        r = gcd(n, 32//gcd(C*k, 32)) if C*k<2**12 else 1        # rows of 32 or a multiple are fast
+        S = _parts(x.view(-1, k)) if k>=64 else _parts(x.view(n//r, -1), 0)
         if S.sum().isfinite(): return S.view(6, -1, C, 1 if k>=64 else k)
-    return _row_stats(x.movedim(axis, 0).flatten(1).double())[:,None,:,None]
+    X = x.movedim(axis, 0).flatten(1)
+    return torch.cat([_row_stats(o.double()) for o in X.split(max(1, 2**22//X.shape[1]))], 1)[:,None,:,None]
 
 def _join(n, m, sq, axis):
     "Values, mean and sum of squared deviations of parts along `axis`, taken together (Chan et al.)"
@@ -130,16 +134,17 @@ class _Buffer:
     "Samples of one device's tensors, a row each, and what was computed from them"
     def __init__(self, rows, size, device, hist, exact):
         self.hist,self.exact,self.meta,self.done = hist,exact,[],[]
-        self.x = torch.empty(rows, size, device=device, dtype=torch.float64 if exact and device.type!='mps' else torch.float32)
-        self.rows = self.x.unbind(0)
+        with torch.inference_mode(False):
+            self.x = torch.empty(rows, size, device=device, dtype=torch.float64 if exact and device.type!='mps' else torch.float32)
+            self.rows = self.x.unbind(0)
 
     def add(self, x, meta):
+        if len(self.meta)==len(self.rows): self.reduce()   # not before: a BatchNorm may have claimed the last row
         p,row = meta[2],self.rows[len(self.meta)]
-        self.meta.append(meta)
         x,row = x.as_strided((p.span,), (1,)),row if len(p.idx)==len(row) else row[:len(p.idx)]
         if x.dtype==row.dtype: torch.index_select(x, 0, p.idx, out=row)
         else: row.copy_(x.index_select(0, p.idx))
-        if len(self.meta)==len(self.rows): self.reduce()
+        self.meta.append(meta)
 
     def _groups(self, key):
         "`meta` of the rows with the same `key`, and the rows"
@@ -178,8 +183,9 @@ def _unwrap(model):
 def _default_layers(named):
     "Modules with parameters whose children have none; attention as a whole, since it does not call its children"
     whole = tuple(f'{n}.' for n,m in named.items() if isinstance(m, nn.MultiheadAttention))
-    def own(m): return any(True for _ in m.parameters()) and not any(True for c in m.children() for _ in c.parameters())
-    return [n for n,m in named.items() if n+'.' in whole or own(m) and not (whole and n.startswith(whole))]
+    def own(m): return any(True for _ in m.parameters()) and not any(True for n,c in m.named_children() if n!='parametrizations' for _ in c.parameters())
+    def inner(n): return n.startswith(whole) or 'parametrizations' in n.split('.')
+    return [n for n,m in named.items() if n+'.' in whole or own(m) and not inner(n)]
 
 # %% ../nbs/04a_recorder.ipynb #d55eaeef
 def _matches(named, o):
@@ -197,9 +203,9 @@ def _select(model, layers):
     for o in [] if layers is None else layers if isinstance(layers, (list,tuple,set,L)) else [layers]:
         if not (hit := _matches(named, o)): raise ValueError(
             f'`layers`: no module of this {type(model).__name__} matches {o if isinstance(o, str) else getattr(o, "__name__", type(o).__name__)!r}. '
-            f'Its {len(named)} modules are called {", ".join(list(named)[1:6])}, ...: see `model.named_modules()`.')
+            f'Its {len(named)} modules are called {", ".join(list(named)[len(named)>1:6])}, ...: see `model.named_modules()`.')
         found.update(hit)
-    if not found: raise ValueError(f'This {type(model).__name__} has no module with parameters: name what to record, e.g. `layers="*"`.')
+    if not found: raise ValueError(f'This {type(model).__name__} has no module with parameters: name what to record, e.g. `layers="*"`.' if layers is None else '`layers` is empty: name what to record, or leave it out for all modules with parameters.')
     return {n:m for n,m in named.items() if n in found}
 
 # %% ../nbs/04a_recorder.ipynb #b5367142
@@ -287,10 +293,10 @@ def _is_compiled(model): return any(hasattr(m, '_orig_mod') or getattr(m, '_comp
 def _plan(self:ActivationRecorder, key):
     "Where to look in tensors of this shape, layout and device"
     shape,stride,rule,only_bn,dev = key
-    n,axis,exact,chans = prod(shape),_axis(rule, len(shape)),self.sample is None,None
+    n,axis,exact,chans = prod(shape)*(dev.type!='meta'),_axis(rule, len(shape)),self.sample is None,None
     C,size,idx,span = shape[axis] if axis is not None else 0,self.sample or 4096,None,0
     K = n//C if C else 0
-    if n and dev.type!='meta' and not (exact and (only_bn or not self.hist)):
+    if n and not (exact and (only_bn or not self.hist)):
         if only_bn and n>size and C>size//16: chans = torch.randperm(C, device='cpu', generator=self._gen)[:size//16].sort().values
         idx,*ck = _places(shape, stride, axis, size, self._gen, chans)
         span = 1+sum((k-1)*s for k,s in zip(shape, stride))
@@ -306,7 +312,7 @@ def _take(self:ActivationRecorder, x, row, rule, bn=None):
     key = x.shape,x.stride(),rule,row is None,dev
     with self._lock:
         p = self._plans.get(key) or self._plan(key)
-        if not p.k or dev.type=='meta': return
+        if not p.k: return
         if dev not in self._bufs: self._bufs[dev] = _Buffer(max(8, self.rows), self.sample or 4096, dev, self.hist, self.sample is None)
         b,meta = self._bufs[dev],[row,bn,p]
         if self.sample is None: b.done.append(('exact', [meta], _exact(x.cpu() if dev.type=='mps' else x, _axis(rule, x.ndim))))
@@ -321,20 +327,20 @@ def _saw(self:ActivationRecorder, i, m, inp, out):
     self.calls[i] += 1
     try:
         with torch._C.DisableTorchFunctionSubclass():
-            if self.refs[i] is not None: self._see_input(i, inp[0])
+            if self.refs[i] is not None and inp: self._see_input(i, inp[0])
             for t in _tensors(out):
                 meta = self._take(t, i, self.rules[i])
                 self._last = weakref.ref(t),_version(t),meta
                 if self.grads and t.requires_grad: t.register_hook(partial(self._saw_grad, i, self._draws))
-    except Exception as e: self.problems.setdefault(i, e)
+    except Exception as e: self.problems.setdefault(i, e.with_traceback(None))   # whose frames hold the tensors
 
-def _version(t): return t.is_inference() or t._version
+def _version(t): return object() if t.is_inference() else t._version    # those do not count what is done in place
 
 @patch
 def _see_input(self:ActivationRecorder, i, x):
     "The input of BatchNorm `i`: most often it was just seen as the output of a convolution"
     last,self._last = self._last,None
-    if last and last[0]() is x and last[1]==_version(x) and (meta := last[2]) and meta[2].C==x.shape[1] and (self.sample is None or meta[2].K>=8): meta[1] = i
+    if last and last[0]() is x and last[1]==_version(x) and (meta := last[2]) and meta[2].C and _axis(self.rules[meta[0]], x.ndim)==1 and (self.sample is None or meta[2].K>=8): meta[1] = i
     else: self._take(x, None, 1, bn=i)
 
 @patch
@@ -344,7 +350,7 @@ def _saw_grad(self:ActivationRecorder, i, draw, g):
     self.calls[len(self.names)+i] += 1
     try:
         with torch._C.DisableTorchFunctionSubclass(): self._take(g, len(self.names)+i, self.rules[i])
-    except Exception as e: self.problems.setdefault(i, e)
+    except Exception as e: self.problems.setdefault(i, e.with_traceback(None))   # whose frames hold the tensors
 
 # %% ../nbs/04a_recorder.ipynb #587de6e5
 _n,_mean,_var,_min,_max,_near0,_bad,_dead,_bn = range(9)
@@ -390,10 +396,11 @@ def _merge(a, b):
 @patch
 def _dead_share(self:ActivationRecorder, row, K, still):
     "Count, for each channel, how many values in a row did not vary; the share of those with 256 or more"
-    self.looked[row] += K
-    c = self.still.pop(row, 0)
-    if still.any(): self.still[row] = c = ((c if np.shape(c)==still.shape else 0)+K)*still
-    return (np.mean(c>=256) if still.any() else 0.) if self.looked[row]>=256 else np.nan
+    key = row,len(still)
+    self.looked[key] += K
+    c = self.still.pop(key, 0)
+    if still.any(): self.still[key] = c = (c+K)*still
+    return (np.mean(c>=256) if still.any() else 0.) if self.looked[key]>=256 else np.nan
 
 def _as_rows(done):
     "What was computed, with that of all of a layer's channels in the terms of a row"
@@ -403,7 +410,7 @@ def _as_rows(done):
         n,m,sq = _join(n, m, sq, (0,2))
         N,mean,dev = _join(n, m, sq, 0)
         yield 'mom',ms,np.array([[N], [mean], [dev], [lo.min()], [hi.max()], [near.sum()]])
-        if ms[0][2].C: yield 'still',ms,_still(lo.min((0,2)), hi.max((0,2)))[None]
+        if ms[0][2].K>1: yield 'still',ms,_still(lo.min((0,2)), hi.max((0,2)))[None]
         if ms[0][1] is not None: yield 'bn',ms,np.array([[[m,np.sqrt(sq/np.maximum(n, 1))]]*2])
 
 # %% ../nbs/04a_recorder.ipynb #ff568559
@@ -412,8 +419,11 @@ def collect(self:ActivationRecorder):
     "Compute the record of what was seen since `start`, free the memory, and return it; None if no layer ran"
     done = [o for b in self._bufs.values() for o in b.fetch()]
     self._clear()
-    for k in list(self._plans)[self._draws//2%8::8]: del self._plans[k]  # each place is drawn anew every 8 records
+    for k in list(self._plans)[self._draws//2%8::8]:     # places are drawn anew every 8 records, and forgotten when not used
+        if self._plans[k]: self._plans[k] = None
+        else: del self._plans[k]
     self.record = self._assemble(done) if done else None
+    if not done: self._compiled = None                   # perhaps it is by now
     return self.record
 
 @patch
@@ -470,5 +480,6 @@ def _frame(names, metas, recs, grads=False):
 @patch
 def to_df(self:ActivationRecorder): # A `DataFrame`
     "The last record: a row for each layer that ran"
-    if self.record is None: raise ValueError('Nothing is recorded: run the model inside `with recorder:`.')
+    if self.record is None: raise ValueError('Nothing is recorded: ' + (f'{self.names[(i := next(iter(self.problems)))]} failed with {self.problems[i]!r}.' if self.problems else
+        'run the model inside `with recorder:`. If it is compiled, give the recorder what `torch.compile` returned.'))
     return _frame(self.names, [{}], [self.record], self.grads)

@@ -1,6 +1,8 @@
 "ActivationLogger where a reader would be bored: every way in which monitors break, exits, exactness, bias, memory, sinks."
 import copy, dataclasses, gc, math, threading, warnings, weakref
 
+from collections import Counter
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -424,6 +426,113 @@ def test_global_random_state_is_left_alone():
     a, b = torch.rand(1), np.random.rand()
     torch.manual_seed(3); np.random.seed(3)
     assert torch.rand(1) == a and np.random.rand() == b
+
+
+def recorded(m, *xs, **kw):
+    "The recorder after each of `xs` went through `m` in a record of its own"
+    rec = ActivationRecorder(m, **kw)
+    for x in xs:
+        with rec, torch.no_grad(): m(x)
+    return rec
+
+
+@pytest.mark.parametrize('shape', [(64, 50257), (64, 8, 8193), (16, 512, 7, 7), (16, 40, 32, 32)])
+def test_exact_keeps_few_parts(shape):
+    x = torch.randn(shape)
+    for axis in (1, len(shape)-1):
+        S = R._exact(x, axis)
+        assert S.numel() < x.numel()/2
+        N, mean, sq = R._join(*S[:3].numpy(), (0, 2))
+        y = x.double().movedim(axis, 0).flatten(1).numpy()
+        assert np.allclose(mean, y.mean(1), atol=1e-6) and np.allclose(sq/N, y.var(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize('sample', [None, 4096])
+def test_one_item_is_no_evidence_of_death(sample):
+    rec = recorded(nn.Linear(8, 8), *torch.randn(257, 1, 8), sample=sample)
+    assert np.isnan(rec.to_df().dead).all()
+
+
+def test_what_failed_leaves_no_numbers_and_no_tensors(monkeypatch):
+    m = nn.Linear(4, 4)
+    rec = recorded(m, torch.randn(4))
+    with rec: torch.func.vmap(m)(torch.randn(5, 4)*1000)
+    assert rec.problems
+    with pytest.raises(ValueError, match='failed with'): rec.to_df()
+    monkeypatch.setattr(R._Buffer, 'add', lambda *a: 1/0)
+    x = torch.randn(4, 4)
+    rec, alive = recorded(m, x), weakref.ref(x)
+    del x; gc.collect()
+    assert rec.problems and alive() is None
+
+
+@pytest.mark.parametrize('calls', range(4, 11))
+def test_bn_keeps_its_distance_where_the_buffer_is_full(calls):
+    lin, bn = nn.Linear(16, 16), nn.BatchNorm1d(16)
+    bn.running_mean += 1
+    class M(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b, self.bn = lin, nn.Linear(16, 16), bn.eval()
+        def forward(self, x):
+            for _ in range(calls): self.a(x)
+            return self.bn(self.b(x))
+    assert recorded(M(), torch.randn(64, 16)).to_df().set_index('layer').bn_dist['bn'] > .5
+
+
+@pytest.mark.parametrize('sample', [None, 4096])
+def test_bn_after_another_axis(sample):
+    m, x = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64)).eval(), torch.randn(64, 64, 64)*torch.linspace(.1, 10, 64)[:, None]
+    with torch.no_grad(): y = m[0](x)
+    m[1].running_mean[:], m[1].running_var[:] = y.mean((0, 2)), y.var((0, 2))
+    for layers in (None, '1'): assert recorded(m, x, sample=sample, layers=layers).to_df().bn_dist.iloc[-1] < .15
+
+
+def test_inference_mode_is_like_no_grad():
+    m, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(8)).eval(), torch.randn(8, 3, 16, 16)
+    m[2].running_mean += .1
+    rec = ActivationRecorder(m, sample=None)
+    with rec, torch.inference_mode(): m(x)
+    a = rec.to_df().bn_dist.iloc[-1]
+    with rec, torch.no_grad(): m(x)
+    assert not rec.problems and a == pytest.approx(rec.to_df().bn_dist.iloc[-1], rel=1e-6)
+
+
+def test_keyword_input_and_lazy_and_parametrized_modules():
+    bn = nn.BatchNorm1d(4)
+    bn.running_mean += 1
+    rec = ActivationRecorder(bn.eval())
+    with rec: bn(input=torch.randn(8, 4))
+    assert not rec.problems and len(rec.to_df()) == 1
+    lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())
+    assert len(recorded(lazy, torch.randn(4, 3, 8, 8)).to_df()) == 2
+    with torch.device('meta'): ActivationRecorder(nn.BatchNorm2d(3))
+    m = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), nn.ReLU())
+    assert recorded(m, torch.randn(2, 3, 9, 9)).to_df()[['layer', 'count']].values.tolist() == [['0', 2*8*7*7]]
+
+
+def test_counts_beyond_float32():
+    df = recorded(Out(lambda _: torch.ones(2**24+3)), torch.ones(1), sample=None, hist=False).to_df()
+    assert df.nonfinite[0] == 0 and df['count'][0] == 2**24+3
+
+
+def test_places_are_drawn_anew_in_time():
+
+    class M(nn.Module):
+        def __init__(self): super().__init__(); self.ls = nn.ModuleList(nn.Linear(8, i) for i in range(1, 38))
+        def forward(self, x): return [l(x) for l in self.ls]
+    m, rec, age, worst = M(), None, Counter(), 0
+    rec = ActivationRecorder(m, hist=False)
+    for _ in range(60):
+        with rec, torch.no_grad(): m(torch.ones(4, 8))
+        ids = {k: id(p) for k, p in rec._plans.items() if p}
+        age = Counter({(k, i): age[k, i]+1 for k, i in ids.items()})
+        worst = max(worst, *age.values())
+    assert worst <= 10
+
+
+def test_bidirectional_lstm_that_is_dead():
+    lstm = nn.LSTM(4, 8, bidirectional=True, batch_first=True)
+    for p in lstm.parameters(): p.data.zero_()
+    assert recorded(lstm, *torch.randn(6, 32, 20, 4), sample=1024).to_df().dead.iloc[-1] == 1
 
 
 @pytest.mark.parametrize('sample', [None, 4096])
