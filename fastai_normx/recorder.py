@@ -19,7 +19,6 @@ from math import gcd,prod
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor,nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
@@ -49,19 +48,20 @@ def _places(shape, stride, axis, size, gen=None, chans=None):
 # %% ../nbs/04a_recorder.ipynb #359f52bf
 _near = .05
 
-def _parts(X, ax=1):
-    "Of each block of a matrix along `ax`: values, mean, sum of squared deviations, min, max, values near zero; `[6,parts]`, float64"
+def _parts(X, ax, D):
+    "Of each block of a matrix along `ax`: values, mean, sum of squared deviations, min, max, values near zero; `[6,parts]`, float64. `D` is room to compute in"
     res = []
     for R in X.split(max(1 if ax else 64, 2**18//X.shape[1])):
+        d = D[:R.numel()].view_as(R) if R.numel()<=len(D) else torch.empty_like(R)
         m = R.mean(ax, keepdim=True)
-        sq = F.mse_loss(R, m.expand_as(R), reduction='none').sum(ax)
-        res.append(torch.stack([sq, m.flatten(), sq, R.amin(ax), R.amax(ax), R.abs().le_(_near).sum(ax)]).double())
+        sq = torch.sub(R, m, out=d).square_().sum(ax)
+        res.append(torch.stack([sq, m.flatten(), sq, R.amin(ax), R.amax(ax), torch.abs(R, out=d).le_(_near).sum(ax)]).double())
         res[-1][0] = R.shape[ax]    # in float64, since float32 cannot count beyond 2**24
     return torch.cat(res, 1)
 
-def _row_stats(X):
+def _row_stats(X, D=None):
     "The same of all finite values in each row"
-    if X.device.type=='cpu' and (S := _parts(X)).sum().isfinite(): return S
+    if X.device.type=='cpu' and (S := _parts(X, 1, X.new_empty(0) if D is None else D)).sum().isfinite(): return S
     return torch.stack([*_moments(X)[:5], (X.abs()<=_near).sum(1).double()])
 
 # %% ../nbs/04a_recorder.ipynb #7d0c42ef
@@ -108,7 +108,7 @@ def _bn_ref(m):
     return np.stack([mu, np.sqrt(var), np.sqrt(np.maximum(var, .01*var.mean())+m.eps)])
 
 # %% ../nbs/04a_recorder.ipynb #472c4174
-def _exact(x, axis):
+def _exact(x, axis, D):
     "The same of all of `x`, in parts of its channels: `[6,parts,C,parts]`"
     if x.dtype not in (torch.float32,torch.float64): x = x.float()
     if axis is None: x,axis = x.reshape(1, 1, -1),1
@@ -116,7 +116,7 @@ def _exact(x, axis):
         if not x.is_contiguous(): x,axis = x.movedim(axis, -1).contiguous(),x.ndim-1
         n,C,k = prod(x.shape[:axis]),x.shape[axis],prod(x.shape[axis+1:])       # `x` is [n,C,k] in memory
         r = gcd(n, 32//gcd(C*k, 32)) if C*k<2**12 else 1        # rows of 32 or a multiple are fast
-        S = _parts(x.view(-1, k)) if k>=64 else _parts(x.view(n//r, -1), 0)
+        S = _parts(x.view(-1, k), 1, D) if k>=64 else _parts(x.view(n//r, -1), 0, D)
         if S.sum().isfinite(): return S.view(6, -1, C, 1 if k>=64 else k)
     X = x.movedim(axis, 0).flatten(1)
     return torch.cat([_row_stats(o.double()) for o in X.split(max(1, 2**22//X.shape[1]))], 1)[:,None,:,None]
@@ -131,12 +131,13 @@ def _join(n, m, sq, axis):
 _Plan = namedtuple('_Plan', 'n k idx C K chans span')
 
 class _Buffer:
-    "Samples of one device's tensors, a row each, and what was computed from them"
-    def __init__(self, rows, size, device, hist, exact):
+    "Samples of tensors on one device and of one precision, a row each, and what was computed from them"
+    def __init__(self, rows, size, device, dtype, hist, exact):
         self.hist,self.exact,self.meta,self.done = hist,exact,[],[]
         with torch.inference_mode(False):
-            self.x = torch.empty(rows, size, device=device, dtype=torch.float64 if exact and device.type!='mps' else torch.float32)
+            self.x = torch.empty(rows, size, device=device, dtype=dtype)
             self.rows = self.x.unbind(0)
+            self.room = self.x.new_empty(2**18 if device.type=='cpu' else 0)   # kept, since fresh memory is slow
 
     def add(self, x, meta):
         if len(self.meta)==len(self.rows): self.reduce()   # not before: a BatchNorm may have claimed the last row
@@ -155,7 +156,7 @@ class _Buffer:
     def reduce(self):
         "Compute everything about the rows so far, for all of them at once"
         for k,ms,X in self._groups(lambda m: len(m[2].idx)):
-            mom = _row_stats(X[:,:k])
+            mom = _row_stats(X[:,:k], self.room)
             if not self.exact: self.done.append(('mom', ms, mom))
             if self.hist: self.done.append(('hist', ms, _hist(X[:,:k], mom)))
         for (C,K,bn),ms,X in self._groups(lambda m: (m[2].C,m[2].K,m[1] is not None)) if not self.exact else ():
@@ -313,9 +314,10 @@ def _take(self:ActivationRecorder, x, row, rule, bn=None):
     with self._lock:
         p = self._plans.get(key) or self._plan(key)
         if not p.k: return
-        if dev not in self._bufs: self._bufs[dev] = _Buffer(max(8, self.rows), self.sample or 4096, dev, self.hist, self.sample is None)
-        b,meta = self._bufs[dev],[row,bn,p]
-        if self.sample is None: b.done.append(('exact', [meta], _exact(x.cpu() if dev.type=='mps' else x, _axis(rule, x.ndim))))
+        at = dev,torch.float64 if x.dtype==torch.float64 else torch.float32
+        if at not in self._bufs: self._bufs[at] = _Buffer(max(8, self.rows), self.sample or 4096, *at, self.hist, self.sample is None)
+        b,meta = self._bufs[at],[row,bn,p]
+        if self.sample is None: b.done.append(('exact', [meta], _exact(x.cpu() if dev.type=='mps' else x, _axis(rule, x.ndim), b.room)))
         if p.idx is not None: b.add(x, meta)
     return meta
 
