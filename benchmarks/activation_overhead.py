@@ -71,7 +71,7 @@ ways = {'ActivationLogger()': logger(),
         'ActivationLogger(sample=None, hist=False)': logger(sample=None, hist=False),
         'fastai ActivationStats()': lambda: ActivationStats(every=2),
         'fastai ActivationStats(with_hist=True)': lambda: ActivationStats(every=2, with_hist=True)}
-try: version('torchinstruments'); ways |= {'TorchInstruments': TorchInstruments, 'TorchInstruments, no histograms': lambda: TorchInstruments(histograms=())}
+try: version('torchinstruments'); ways |= {'TorchInstruments': TorchInstruments, 'TorchInstruments, one histogram': lambda: TorchInstruments(max_histogram_modules=1)}
 except Exception: print('TorchInstruments is not installed: left out')
 if args.ways: ways = {k: v for k, v in ways.items() if any(w in k for w in args.ways.split(','))}
 
