@@ -72,7 +72,9 @@ def _fault(A, E, inside=None):
 
 def _cost(harm, impact):
     "The sentence that says what a fault costs"
-    if not impact: return f'Without training it costs a pretrained model about {harm:.0%} of its accuracy (estimated from measurements on EfficientNet-Lite0).' if harm>=.005 else ''
+    share = 'nearly all' if harm>.9 else f'roughly {float(f"{100*harm:.1g}"):g}%'
+    if not impact: return (f'Used without training, a pretrained model loses {share} of its accuracy to it (estimated from measurements on one backbone, EfficientNet-Lite0). '
+                           'Weights that were fine-tuned with these constants need them.') if harm>=.005 else ''
     changed = f'{impact["changed"]:.0%} of its top answers change and ' if 'changed' in impact else ''
     return f'With the expected input, on {impact["n"]} images, {changed}the cosine distance between the outputs is {impact["cosine_distance"]:.2f}.'
 
