@@ -90,7 +90,7 @@ class _Where:
         once = f'normalize once, pixels in [0,1], with {_pair(E)}'
         if not any(E.mean): return 'leave out the normalization before the model: it takes pixels in [0,1]'
         if self.dls and A and max(A.stats.std)<.02: return f'let `IntToFloatTensor` in batch_tfms divide the pixels by 255, then `{self.dls}.normalize_for({self.source})`'
-        if not self.dls: return f'{once}: `transforms.Normalize({_short(E.mean)}, {_short(E.std)})` after `transforms.ToTensor()`'
+        if not self.dls or A and not A.in_pipeline and _same(A.stats, ((0.,)*len(E.mean), (1.,)*len(E.mean))): return f'{once}: `transforms.Normalize({_short(E.mean)}, {_short(E.std)})` after `transforms.ToTensor()`'
         return f'the dataset, another transform or a callback changes the images, not only the `Normalize` of this pipeline: take that out, then `{self.dls}.normalize_for({self.source})`'
 
 # %% ../nbs/03_match.ipynb #b6f09866
@@ -180,6 +180,8 @@ class MatchReport:
     @property
     def ok(self): "Is all well, as far as the evidence goes?"; return self.outcome=='ok'
     @property
+    def _n(self): return sum(map(len, self.views.values())) or len(self.observed)
+    @property
     def kind(self): "Kind of the worst finding, or None"; return self.findings[0].kind if self.findings else None
 
 def _outcome(findings, As):
@@ -262,7 +264,7 @@ def __str__(self:MatchReport):
     "What is wrong, how to mend it, and the numbers"
     import textwrap
     fill = lambda t, ind='': textwrap.fill(t, 84, initial_indent=ind, subsequent_indent=ind, break_long_words=False, break_on_hyphens=False)
-    res = [f'{self.outcome}' + (f': {self.kind}' if self.kind else '') + f' ({len(self.observed)} images, {_who(self.expected)})']
+    res = [f'{self.outcome}' + (f': {self.kind}' if self.kind else '') + f' ({self._n} images, {_who(self.expected)})']
     for f in self.findings: res += ['', fill(f'{f.severity}: {f.message}'), fill(f'fix: {f.fix}', '  ')]
     if self.reason: res += ['', fill(self.reason)]
     if self.applied and not self.findings: res += ['', fill(f'Normalized with {_pair(self.applied)}, as expected: {self.applied.source}.')]
@@ -275,7 +277,7 @@ def __repr__(self:MatchReport): return str(self)
 def _repr_html_(self:MatchReport):
     "The same for a notebook"
     color = {'ok':'#2a7f3f','mismatch':'#c0392b'}.get(self.outcome, '#b9770e')
-    res = [f'<p><b style="color:{color}">{self.outcome}</b>{": "+self.kind if self.kind else ""} <small>({len(self.observed)} images, {escape(_who(self.expected))})</small></p>']
+    res = [f'<p><b style="color:{color}">{self.outcome}</b>{": "+self.kind if self.kind else ""} <small>({self._n} images, {escape(_who(self.expected))})</small></p>']
     for f in self.findings: res.append(f'<p><b>{f.severity}</b>: {escape(f.message)}<br><b>fix</b>: {_code(f.fix)}</p>')
     if self.reason: res.append(f'<p>{escape(self.reason)}</p>')
     if self.applied and not self.findings: res.append(f'<p>Normalized with {_pair(self.applied)}, as expected: {escape(self.applied.source)}.</p>')
@@ -386,6 +388,9 @@ def _check_data(data):
     raise ValueError(f'stats_match cannot read {type(data).__name__}. It takes a DataLoaders, a Learner, a fastai or PyTorch loader, an iterable of batches, one batch of images, '
                      'a ChannelStats, an image folder or a list of image files.')
 
+def _check_n_items(n):
+    if not isinstance(n, int) or n<1: raise ValueError(f'`n_items` is a number of images above 0; received {n!r}')
+
 def stats_match(
     data, # `DataLoaders`, `Learner`, fastai's or PyTorch's loader, iterable of batches, a batch `[N,C,...]`, `ChannelStats` of the model's input, image folder or list of files
     expected=None, # The backbone: all that `expected_stats` takes; None: the one of the `Learner`, or of `model`
@@ -395,7 +400,7 @@ def stats_match(
     dim:int=1 # Axis of the channels
 )->MatchReport:
     "Does what reaches the model fit what its backbone expects? Nothing is changed, and the random state is left as it was"
-    if not isinstance(n_items, int) or n_items<1: raise ValueError(f'`n_items` is a number of images above 0; received {n_items!r}')
+    _check_n_items(n_items)
     if isinstance(data, Learner): model = data.model if model is None else model
     if expected is None and (expected := data if isinstance(data, Learner) else model) is None: raise ValueError(
         f'stats_match needs to know the backbone: a {type(data).__name__} does not say. Pass it, for example `stats_match(data, "resnet18")`, or `model=`.')
@@ -414,6 +419,7 @@ def stats_match(
             v,extra = _view_files(data, E, n_items)
             views = {'data':(v, None, True)}
         else: views = {k:(_fill(_View(n_items, dim), dl, data, E), _pipeline(dl, E.n_in), _surely_rgb(dl)) for k,dl in _loaders(data).items()}
+    if not views: raise ValueError('stats_match has nothing to look at: these loaders hold no items, as those of an exported learner. Pass it data.')
     if not all(len(v) for v,*_ in views.values()): raise ValueError(
         f'stats_match found no images in {", ".join(k for k,(v,*_) in views.items() if not len(v))}: expected float or 8-bit batches [N,C,H,W] or [N,C,T,H,W]. For one image pass `x[None]`.')
     r = _report(views, E, inside, where, model, dls, extra)
@@ -449,7 +455,9 @@ class StatsMatch(Callback):
         expected=None, # The backbone: all that `expected_stats` takes; None: the learner's own
         n_items:int=512, # Look at no more images than this in each set
         dim:int=1 # Axis of the channels
-    ): self.backbone,self.n_items,self.axis,self._said = expected,n_items,dim,set()
+    ):
+        _check_n_items(n_items)
+        self.backbone,self.n_items,self.axis,self._said = expected,n_items,dim,{}   # what was said, and of which sets
 
     def before_fit(self):
         self._views = None
@@ -471,13 +479,14 @@ def _try(self:StatsMatch, f, *args):
     try: f(*args)
     except Warning: raise # the user has turned warnings into errors
     except Exception as e:
+        hint = '' if self._views else '\nTo say what to compare with: `StatsMatch(expected)`. To do without: `learn.remove_cb(StatsMatch)`.'
         self._views = None
-        self._tell('error', f'StatsMatch could not check this fit, and training goes on. {type(e).__name__}: {e}')
+        self._tell('error', f'StatsMatch could not check this fit, and training goes on. {type(e).__name__}: {e}{hint}')
 
 @patch
-def _tell(self:StatsMatch, cause, msg):
+def _tell(self:StatsMatch, cause, msg, sets=frozenset()):
     if cause in self._said: return
-    self._said.add(cause)
+    self._said[cause] = sets
     _warn(msg, StatsMatchWarning)
 
 # %% ../nbs/03_match.ipynb #47493d21
@@ -520,5 +529,6 @@ def _decide(self:StatsMatch):
     v.settled,v.source = True,(_pipeline(learn.dl, self._expected[0].n_in), _surely_rgb(learn.dl))
     views = {'training set' if k else 'validation set':(o,*o.source) for k,o in self._views.items() if o.settled}
     self.report = _report(views, *self._expected, self._where, dls=self._dls, witness=learn.model)
+    if self.report.ok: self._said = {c:s for c,s in self._said.items() if not s or s-set(views)}   # mended: to be told again if it comes back
     for f in self.report.findings:
-        if f.severity!='note': self._tell((f.kind,f.fix), str(f))
+        if f.severity!='note': self._tell((f.kind,f.fix), str(f), set(views))

@@ -50,13 +50,13 @@ def _check_batch(nrm, b):
     n,ndim,dim,who = nrm.mean.numel(),nrm.mean.ndim,nrm.dim,nrm.norm_stats['source']
     imgs = [o for o in _flat(b) if isinstance(o, TensorImage)]
     for x in imgs:
-        if not x.is_floating_point(): raise ValueError(
-            f'Normalize ({who}) received {x.dtype} images, and its constants are for floats in [0,1]: put `IntToFloatTensor` before it')
         if x.ndim!=ndim or x.shape[dim]!=n: raise ValueError(
             f'Normalize ({who}) has constants for {n} channel(s) on axis {dim} of {ndim}, and received images of shape {tuple(x.shape)}. ' + (
             'Load them as RGB (`ImageBlock`, not `ImageBlock(PILImageBW)`), or for a model with `n_in=1` pass `n_in=1` here too.' if x.ndim==ndim and x.shape[dim]==1
-            else 'Pass `n_in=` (and `extra=` for channels beyond RGB), or `dim=`/`ndim=` for another layout.') + (
+            else 'If this is one item, move the `Normalize` from item_tfms to batch_tfms: it is made for batches.' if x.ndim==ndim-1 else 'Pass `n_in=` (and `extra=` for channels beyond RGB), or `dim=`/`ndim=` for another layout.') + (
             ' Normalize acts on every TensorImage of a batch, targets too: give a target that is no input image another type.' if len(imgs)>1 else ''))
+        if not x.is_floating_point(): raise ValueError(
+            f'Normalize ({who}) received {x.dtype} images, and its constants are for floats in [0,1]: put `IntToFloatTensor` before it')
     if not imgs: _warn(f'Normalize ({who}) found no image in this batch and changed nothing: it acts on TensorImage, and received '
                        f'{", ".join(dict.fromkeys(type(o).__name__ for o in _flat(b))) or "nothing"}. Wrap the images: `TensorImage(x)`.')
 

@@ -352,3 +352,50 @@ def test_the_fix_for_a_model_that_normalizes_inside(photo_dls):
     assert r.kind == 'in_model' and tuple(r.expected) == ((0., 0., 0.), (1., 1., 1.))
     r.fix()
     assert dls.stats_match('resnet18', model=model).ok
+
+
+# --- what a first user ran into ----------------------------------------------------------------------------------------
+
+def test_an_exported_learner_holds_no_images(learner, tmp_path):
+    learner(Normalize.from_stats(*I)).export(tmp_path/'e.pkl')
+    learn = load_learner(tmp_path/'e.pkl')
+    for f in (lambda: learn.stats_match(I), lambda: learn.dls.stats_match(I)):
+        with pytest.raises(ValueError, match='hold no items, as those of an exported learner'): f()
+
+
+def test_fix_where_normalize_does_not_act():
+    "Plain tensors in fastai loaders: `normalize_for` would change nothing"
+    ds = TensorDataset(tiles(32)/255, torch.zeros(32).long())
+    r = stats_match(DataLoaders.from_dsets(ds, ds, bs=8), 'resnet18', warn=False)
+    assert r.kind == 'not_normalized' and 'transforms.Normalize((0.485, 0.456, 0.406)' in r.findings[0].fix and 'normalize_for' not in r.findings[0].fix
+    with pytest.raises(ValueError, match='no pipeline'): r.fix()
+
+
+def test_a_fault_that_comes_back_is_told_again(learner):
+    learn = learner(Normalize.from_stats(*I), cbs=StatsMatch())
+    def said(c): learn.dls.normalize_for(c); return len(fit(learn))
+    assert [said(c) for c in (I, H, H, I, H)] == [0, 1, 0, 0, 1]
+
+
+def test_one_set_does_not_clear_what_both_showed(learner):
+    learn = learner(Normalize.from_stats(*I), cbs=StatsMatch())
+    dl = learn.dls.valid
+    dl.after_batch.fs = dl.after_batch.fs.filter(lambda t: not isinstance(t, Normalize))
+    assert fit(learn) and not fit(learn)
+
+
+def test_what_to_compare_with_is_asked_for(photo_dls):
+    learn = vision_learner(photo_dls(), M.resnet18, pretrained=False)
+    said, = fit(learn, cbs=StatsMatch())
+    assert '`StatsMatch(expected)`' in said
+
+
+@pytest.mark.parametrize('n', [0, -1, 2.5, 'x'])
+def test_n_items_of_the_callback(n):
+    with pytest.raises(ValueError, match='`n_items` is a number of images above 0'): StatsMatch(n_items=n)
+
+
+def test_report_counts_the_images_of_all_sets(learner):
+    r = learner(Normalize.from_stats(*I)).stats_match(warn=False)
+    n = sum(map(len, (v.stats for v in r.views.values())))
+    assert len(r.views) == 2 and f'({n} images' in str(r) and f'({n} images' in r._repr_html_()
