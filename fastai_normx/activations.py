@@ -8,18 +8,19 @@ Docs: https://fastai.github.io/fastai_normx/activations.html.md"""
 __all__ = ['ActivationWarning', 'ActivationLoggerWarning', 'ActivationLogger', 'ActivationRecorder']
 
 # %% ../nbs/04_activations.ipynb #0d83209e
-import sys
+import re,sys
 from functools import partial,reduce
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
 import torch
 from fastcore.basics import PrettyString,patch
 from fastcore.foundation import L
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback,CancelBackwardException,CancelBatchException,CancelEpochException,CancelFitException,CancelStepException,CancelTrainException,CancelValidException
 from fastai.learner import Recorder
 from .expected import _warn
-from .recorder import ActivationRecorder,_bins,_check_sample,_cols,_columns,_edges,_frame,_is_compiled,_max,_mean,_merge,_merge_hists,_min,_n,_select,_var
+from .recorder import ActivationRecorder,_bins,_bn_ref,_check_sample,_cols,_columns,_edges,_frame,_is_compiled,_max,_mean,_merge,_merge_hists,_min,_n,_select,_var
 
 # %% ../nbs/04_activations.ipynb #86f3cb68
 _all_ = ['ActivationRecorder']
@@ -27,29 +28,30 @@ _all_ = ['ActivationRecorder']
 # %% ../nbs/04_activations.ipynb #ae2b476e
 class _History:
     "Records in order, at most `keep` of them: when there are more, neighbours are taken together"
-    def __init__(self, keep): self.keep,self.width,self.meta,self.recs = keep,1,[],[]
+    def __init__(self, keep): self.keep,self.width,self.at,self.meta,self.recs = keep,1,0,[],[]
     def __len__(self): return len(self.recs)
 
     def add(self, meta, rec):
         self.meta.append(dict(meta)); self.recs.append(_small(rec))
         if len(self)>1 and self.meta[-2]['batches']<self.width: self._join(len(self)-2)
         if len(self)>self.keep:
-            for i in range(len(self)//2): self._join(i)
-            self.width *= 2
+            self._join(self.at)    # one pair at a time, so that no batch has to wait for all
+            self.at += 1
+            if self.at>=len(self)-1: self.at,self.width = 0,2*self.width
 
     def _join(self, i):
         a,b = self.meta[i:i+2]
         self.meta[i:i+2],self.recs[i:i+2] = [dict(a, batches=a['batches']+b['batches'])],[_small(_merge(*self.recs[i:i+2]))]
 
-def _small(rec): return (rec[0],) + tuple(o.astype(t) for o,t in zip(rec[1:], (np.uint32,np.int32)))
+def _small(rec): return (rec[0],) + tuple(o.clip(max=np.iinfo(t).max).astype(t) for o,t in zip(rec[1:], (np.uint32,np.int32)))
 
 # %% ../nbs/04_activations.ipynb #fb1d22cf
 class _Sink:
-    def __init__(self, to, step=None): self.to,self.step,self.n,self.dfs = to,step,0,[]
+    def __init__(self, to): self.to,self.n = to,0
     def flush(self): pass
 
 class _Function(_Sink):
-    def __call__(self, df, names, rec, step): self.to(df)
+    def __call__(self, df, names, rec, step): self.to(df.copy())
 
 class _CSV(_Sink):
     "Rows appended to a file, which is complete after every batch"
@@ -60,6 +62,11 @@ class _CSV(_Sink):
 
 class _Parquet(_Sink):
     "A folder of Parquet files, each complete when it appears: `pandas.read_parquet(folder)` reads them as one table"
+    def __init__(self, to):
+        super().__init__(to)
+        self.dfs = []
+        if to.is_dir() and (more := [o.name for o in to.iterdir() if not re.fullmatch(r'_?part-\d{5}(\.parquet)?', o.name)]): raise ValueError(
+            f'`to`: the folder {to} holds other files ({_first_of(more, 3)}), which would be read as part of the log: name a folder of its own.')
     def __call__(self, df, names, rec, step):
         self.dfs.append(df)
         if len(self.dfs)>=64: self.flush()
@@ -68,7 +75,7 @@ class _Parquet(_Sink):
         import pandas as pd
         self.to.mkdir(parents=True, exist_ok=True)
         if not self.n:
-            for f in self.to.glob('part-*.parquet'): f.unlink()
+            for f in self.to.iterdir(): f.unlink()    # of an earlier log
         (dfs,self.dfs),tmp = (self.dfs,[]),self.to/f'_part-{self.n:05}'
         pd.concat(dfs).to_parquet(tmp, index=False)
         tmp.rename(self.to/f'part-{self.n:05}.parquet')
@@ -91,15 +98,28 @@ class _TensorBoard(_Sink):
     def flush(self): self.to.flush()
 
 class _Wandb(_Sink):
+    def __init__(self, to, cb=None): super().__init__(to); self.cb = cb
     def __call__(self, df, names, rec, step):
         from wandb import Histogram
         d = _points(df) | {tag:Histogram(np_histogram=(c, edges)) for tag,_,c,edges in _hists(df, names, rec)}
-        self.to.log(d | dict(activation_step=step), **({} if self.step is None else dict(step=max(0, self.step))))
+        self.to.log(d | dict(activation_step=step), **({} if self.cb is None else dict(step=max(0, self.cb._wandb_step))))
+
+class _Merged(_Sink):
+    "Hands on to `to`, the log of one of fastai's callbacks, ten training batches taken together, and all of a validation"
+    meta = None
+    def add(self, now, rec, write):
+        if self.meta and self.meta['split']!=now['split']: self.pour(write)
+        self.meta,self.rec = (now,rec) if self.meta is None else (dict(self.meta, batches=self.meta['batches']+1),_merge(self.rec, rec))
+        if now['split']=='train' and self.meta['batches']>=10: self.pour(write)
+    def pour(self, write):
+        if self.meta: write(self.to, self.meta, self.rec)
+        self.meta = None
+    def flush(self): self.to.flush()
 
 # %% ../nbs/04_activations.ipynb #a92e8200
 def _sinks(to):
     "Writers for `to`"
-    if to is None: return []
+    if to is None or to is False: return []
     if isinstance(to, (tuple,list,L)): return [s for o in to for s in _sinks(o)]
     if isinstance(to, (str,Path)):
         if cls := {'.csv':_CSV, '.parquet':_Parquet}.get(Path(to).suffix): return [cls(Path(to))]
@@ -122,7 +142,7 @@ class ActivationLogger(Callback):
         valid:bool=True, # Validation batches too?
         hist:bool=True, # Histograms too?
         sample:int=4096, # Values looked at per layer and batch; None: all, exactly, but for histograms, which are of 4096
-        to=None, # Where to write as well: path (.csv, .parquet), `SummaryWriter`, W&B run, function of a DataFrame, or a list of these
+        to=None, # Where to write as well: path (.csv, .parquet), `SummaryWriter`, W&B run, function of a DataFrame, or a list of these; False: not even to the logs of fastai's own callbacks
         alerts:bool=True, # Warn of non-finite, dead, exploding and vanishing activations?
         grads:bool=False, # Also the gradients with respect to the outputs, of training batches?
         keep:int=512, # Records kept in memory for training and for validation; None: all
@@ -130,79 +150,115 @@ class ActivationLogger(Callback):
         modules=None # fastai's name for `layers`
     ):
         if every is None: every = 1
-        if not isinstance(every, int) or every<1: raise ValueError(f'`every` is a number of batches, 1 or more; received {every!r}.')
-        if keep is not None and keep<2: raise ValueError(f'`keep` is a number of records, 2 or more, or None for all; received {keep!r}.')
+        if not isinstance(every, Integral) or every<1: raise ValueError(f'`every` is a number of batches, 1 or more; received {every!r}.')
+        if keep is not None and not (isinstance(keep, Integral) and keep>=2): raise ValueError(f'`keep` is a number of records, 2 or more, or None for all; received {keep!r}.')
         self.layers,self.every,self.valid,self.hists = modules if layers is None else layers,every,valid,hist if with_hist is None else with_hist
         self.sample,self.to,self.alerts,self.grads,self.keep,self._outs = _check_sample(sample),to,alerts,grads,keep,_sinks(to)
+        self._start_over()
+
+    def _start_over(self):
+        self._rec,self._fits,self._steps,self._logs = None,-1,0,[]
         self.reset()
 
     def reset(self):
-        "Forget all records; the next `fit` starts anew"
-        self._rec = self._guarded = self._open = self._now = self._first = None
-        self._whole,self._fits,self._steps,self._step0 = False,-1,0,0
+        "Forget all records; the next `fit` starts anew. What was written to `to` stays there, and steps count on"
+        if self._rec is not None: self._rec.free()
+        self._rec = self._guarded = self._now = self._first = self._left = self._pending = None
+        self._open,self._nested = (),False
+        self._whole,self._blind,self._scale,self._step0 = False,False,1.,self._steps
+        if not self._outs: self._fits,self._steps,self._step0 = -1,0,0
         self._hist,self.found,self._said,self._runs = {o:_History(self.keep or 10**9) for o in ('train','valid')},L(),set(),{}
         return self
 
     def __getstate__(self):
-        "Settings only: an exported learner carries no records, and no open files"
-        keep = 'learn layers every valid hists sample alerts grads keep'.split()
-        return {k:v for k,v in vars(self).items() if k in keep} | dict(to=self.to if isinstance(self.to, (str,Path)) else None)
+        "Settings only: a copy or an exported learner carries no records, and does not write where the original does"
+        return {k:v for k,v in vars(self).items() if k in 'learn layers every valid hists sample alerts grads keep'.split()} | dict(to=False if self.to is False else None)
 
     def __setstate__(self, d):
-        vars(self).update(d, _outs=_sinks(d['to']))
-        self.reset()
+        vars(self).update(d, _outs=[])
+        self._start_over()
 
 # %% ../nbs/04_activations.ipynb #187ac64e
+_cancel = CancelFitException,CancelEpochException,CancelTrainException,CancelValidException,CancelBatchException,CancelBackwardException,CancelStepException
+
 @patch
 def before_fit(self:ActivationLogger):
+    if self._open: self._nested = True; return    # `validate` or `get_preds`, called by a callback
     self.after_fit()
     if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'): return
     mods = _select(self.model, self.layers)
-    if self._rec is None or [(n,id(m)) for n,m in mods.items()]!=[(n,id(m)) for n,m in self._rec.layers.items()]:
+    if self._rec is None or _ids(mods)!=_ids(self._rec.layers):
         if self._rec is not None: self.reset()
         self._rec = ActivationRecorder(self.model, self.layers, self.hists, self.sample, self.grads)
-    self._rec.model,self._fits,self._step0 = self.model,self._fits+1,self._steps
+    elif self._left and not all(map(np.array_equal, now := [_bn_ref(m) for m in mods.values()], self._left)): self._rec.refs = now    # other weights
+    self._rec.model,self._rec.layers,self._fits,self._step0 = self.model,mods,self._fits+1,self._steps
+    self._logs = self._find_logs()
     self._guarded = self.learn._with_events = partial(self._guard, self.learn._with_events)
 
-def _over(f): return isinstance(f, partial) and isinstance(o := getattr(f.func, '__self__', None), ActivationLogger) and o._guarded is not f
+def _ids(mods): return [(n,[*map(id, m.parameters(recurse=False))] or id(m)) for n,m in mods.items()]    # parameters, since `SyncBatchNorm` comes as a new module
 
 @patch
 def after_fit(self:ActivationLogger):
     "Leave nothing behind"
-    self._guarded = self._open = None
-    attrs = getattr(self.learn, '__dict__', {})
-    while _over(f := attrs.get('_with_events')):
-        if isinstance(f.args[0], partial): attrs['_with_events'] = f.args[0]
-        else: del attrs['_with_events']
+    if self._open: self._nested = False; return
+    if self._guarded is not None: self._left = [_bn_ref(m) for m in self._rec.layers.values()]
+    self._guarded = self._now = None
+    _peel(self.learn)
     if self._rec is not None: self._rec.free()
-    self._flush()
-
-@patch
-def _flush(self:ActivationLogger):
     for o in self._outs: self._try(o, o.flush)
+
+def _peel(learn):
+    "Take away what loggers that are done have put around `learn._with_events`"
+    attrs = getattr(learn, '__dict__', {})
+    while isinstance(f := attrs.get('_with_events'), partial) and isinstance(o := getattr(f.func, '__self__', None), ActivationLogger) and o._guarded is not f:
+        if getattr(f.args[0], '__func__', None) is type(learn)._with_events: del attrs['_with_events']
+        else: attrs['_with_events'] = f.args[0]
+
+def _learner(f): return _learner(f.args[0]) if isinstance(f, partial) else getattr(f, '__self__', None)
 
 @patch
 def _guard(self:ActivationLogger, inner, f, event_type, ex, final=lambda: None):
     "`Learner._with_events`, and what has to be done however it ends"
+    if self.learn is None: self._let_go(inner)    # taken off the learner before it could clean up
     if self._guarded is None or event_type not in ('epoch','train','validate','batch'): return inner(f, event_type, ex, final)
-    was,failed = self._open,True
-    if event_type in ('train','validate'): self._open = event_type
+    was,failed,mine = self._open,True,self._now is None
+    self._open = was + (event_type,)
     try: inner(f, event_type, ex, final); failed = False
+    except _cancel: failed = False; raise
     finally:
-        if event_type=='batch': self._finish(failed)
-        elif event_type=='epoch':
-            self._steps = self._step0+self.learn.train_iter
-            self._rec.free()
-            self.after_fit() if failed else self._flush()
-        else: self._open = was
+        self._open = was
+        if self._guarded is None or self.learn is None: self._let_go(inner)    # reset, or taken off, meanwhile
+        elif event_type=='batch': mine and self._finish(failed)
+        else: self._end(event_type, failed)
+
+@patch
+def _let_go(self:ActivationLogger, inner):
+    self._guarded = self._now = None
+    _peel(_learner(inner))
+    if self._rec is not None: self._rec.free()
+
+@patch
+def _end(self:ActivationLogger, event_type, failed):
+    "After an epoch or one of its halves"
+    if event_type=='validate' and self.valid and self._together and not failed: self._keep(*_all_ranks(self._pending))
+    if event_type=='validate': self._pending = None
+    if event_type=='epoch':
+        self._steps = self._step0+self.learn.train_iter
+        self._rec.free()
+    for o in self._logs: o.pour(self._write)
+    for o in (*self._outs,*self._logs): self._try(o, o.flush)
+    if self._blind and not self._open and not self._rec.calls.any(): self._once('blind', f'None of the {len(self._rec.names)} layers was seen to run'
+        + (': this torch cannot run a compiled model with hooks. Compile after training, or update torch.' if _is_compiled(self.model) else ': is the model traced or scripted, or does it use other modules? Choose with `layers`.'))
+    if failed and not self._open: self.after_fit()
 
 # %% ../nbs/04_activations.ipynb #bcf34db1
 @patch
 def before_batch(self:ActivationLogger):
-    if self._guarded is None or self._open is None or hasattr(self.learn, 'gather_preds'): return
+    if self._guarded is None or self._now is not None or not self._open or hasattr(self.learn, 'gather_preds'): return
     i = self.train_iter if self.training else self.iter
     if i%self.every or not (self.training or self.valid): return
     self._now = dict(split='train' if self.training else 'valid', fit=self._fits, epoch=self.epoch, batch=self.iter, step=self._step0+self.train_iter, batches=1)
+    if self.grads: self._scale = next((o.get_scale() for cb in self.learn.cbs if hasattr(o := vars(cb).get('scaler'), 'get_scale')), 1.)
     self._rec.start()
 
 @patch
@@ -215,26 +271,48 @@ def _finish(self:ActivationLogger, failed):
     now,whole,self._now,self._whole = self._now,self._whole,None,False
     if now is None: return
     self._rec.stop()
-    try: rec = self._rec.collect() if failed else _all_ranks(self._rec.collect())
+    try: rec = self._rec.collect()
     except Exception as e:
         self._rec.free()
         return self._once('collect', f'A batch was not recorded: {type(e).__name__}: {e}')
     for i,e in self._rec.problems.items(): self._once(i, f'Layer {self._rec.names[i]} is not recorded: {type(e).__name__}: {e}')
-    if rec is None: return whole and self._once('blind', f'None of the {len(self._rec.names)} layers was seen to run'
-        + (': this torch cannot run a compiled model with hooks. Compile after training, or update torch.' if _is_compiled(self.model) else ': is the model traced or scripted, or does it use other modules? Choose with `layers`.'))
+    if rec is None: self._blind |= whole
+    elif self._scale!=1: rec = _unscaled(rec, len(self._rec.names), self._scale)
+    if not self._together or failed: self._keep(now, rec)
+    elif now['split']=='train': self._keep(*_all_ranks((now,rec)))
+    elif rec is not None: self._pending = (now,rec) if self._pending is None else _both(self._pending, (now,rec))
+
+@patch
+def _keep(self:ActivationLogger, now, rec):
+    if rec is None: return
     self._hist[now['split']].add(now, rec)
-    self._send(now, rec)
+    if not _rank():
+        for o in self._outs:
+            if all(o.to is not l.to.to for l in self._logs): self._write(o, now, rec)
+        for o in self._logs: o.add(now, rec, self._write)
     if self.alerts: self._alert(now, rec)
 
+def _both(a, b): return dict(a[0], batches=a[0]['batches']+b[0]['batches']),_merge(a[1], b[1])
+
+def _unscaled(rec, n, s):
+    "`rec` with the gradients as they are without the loss scale `s` of mixed precision"
+    v = rec[0].copy()
+    v[n:,[_mean,_min,_max]] /= s
+    v[n:,_var] /= s*s
+    return (v,*rec[1:])
+
 # %% ../nbs/04_activations.ipynb #1ec79b9b
-def _all_ranks(rec):
-    "The record of all processes of `torch.distributed` taken together"
-    dist = torch.distributed
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size()>1): return rec
-    parts = [None]*dist.get_world_size()
-    dist.all_gather_object(parts, rec)
-    parts = [p for p in parts if p is not None]
-    return reduce(_merge, parts) if parts else None
+def _distributed(): return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size()>1
+
+@patch(as_prop=True)
+def _together(self:ActivationLogger): "Do all processes of `torch.distributed` go through this?"; return _distributed() and not self._nested and 'epoch' in self._open
+
+def _all_ranks(o):
+    "`(meta, record)` of all processes taken together; a process that has none hands in None"
+    parts = [None]*torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, o)
+    parts = [p for p in parts if p is not None and p[1] is not None]
+    return (parts[0][0],reduce(_merge, [p[1] for p in parts])) if parts else (None,None)
 
 def _rank(): return torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
 
@@ -245,22 +323,29 @@ def _once(self:ActivationLogger, key, msg):
 @patch
 def _try(self:ActivationLogger, o, f):
     "Call `f`, which writes to `o`; if that fails say so once, and leave `o` alone"
-    if id(o) in self._said: return
+    to = o.to if isinstance(o, _Merged) else o
+    key = type(to) if self._found(to) else id(o)
+    if key in self._said: return
     try: f()
-    except Exception as e: self._once(id(o), f'Writing to {type(o).__name__[1:]} failed and is given up; training goes on, and `to_df` has the records. {type(e).__name__}: {e}')
+    except Exception as e: self._once(key, f'Writing to {type(to).__name__[1:]} failed and is given up; training goes on, and `to_df` has the records. {type(e).__name__}: {e}')
 
 @patch
-def _send(self:ActivationLogger, now, rec):
-    "Write a record to all sinks, and to the logs that fastai's own callbacks have open"
-    outs = [(o,o) for o in self._outs]
-    for cb in self.learn.cbs:
-        d = vars(cb)
-        if cb.name=='tensor_board' and d.get('writer') is not None: outs.append((_TensorBoard,_TensorBoard(d['writer'])))
-        if cb.name=='wandb' and '_wandb_step' in d and (run := getattr(sys.modules.get('wandb'), 'run', None)): outs.append((_Wandb,_Wandb(run, d['_wandb_step'])))
-    if not outs or _rank(): return
-    df,names = _frame(self._rec.names, [now], [rec], self.grads),self._rec.names
-    if len(df):
-        for key,o in outs: self._try(key, lambda: o(df, names=names, rec=rec, step=now['step']))
+def _found(self:ActivationLogger, o): return any(l.to is o for l in self._logs)
+
+@patch
+def _write(self:ActivationLogger, o, now, rec):
+    df = _frame(self._rec.names, [now], [rec], self.grads)
+    if len(df): self._try(o, lambda: o(df, names=self._rec.names, rec=rec, step=now['step']))
+
+@patch
+def _find_logs(self:ActivationLogger):
+    "The logs that fastai's own callbacks have open"
+    res,run = [],getattr(sys.modules.get('wandb'), 'run', None)
+    for cb in self.learn.cbs if self.to is not False else ():
+        d,kinds = vars(cb),[c.__name__ for c in type(cb).__mro__]
+        if 'TensorBoardCallback' in kinds and d.get('writer') is not None: res.append(_Merged(_TensorBoard(d['writer'])))
+        if 'WandbCallback' in kinds and '_wandb_step' in d and run: res.append(_Merged(_Wandb(run, cb)))
+    return res
 
 # %% ../nbs/04_activations.ipynb #5e56edd5
 _alerts = dict(
@@ -317,6 +402,7 @@ def _index(self:ActivationLogger, i):
 @patch
 def _values(self:ActivationLogger, split):
     "Columns `[records,layers]`, and the number of the training batch at each record"
+    if split not in self._hist: raise ValueError(f"`split` is 'train' or 'valid'; received {split!r}.")
     h,n = self._hist[split],len(self._names())
     V = np.stack([r[0] for r in h.recs]) if len(h) else np.empty((0,n,9))
     return _columns(V[:,:n]),_columns(V[:,n:]),np.array([m['step'] for m in h.meta])
@@ -350,9 +436,10 @@ def hist_data(self:ActivationLogger,
     split:str='train' # Or 'valid'
 ):
     "Counts `[bins,records]` of layer `i` on common bins, and the bins' edges"
-    i,h = self._index(i),self._hist[split].recs
+    i,h = self._index(i),self._hist[split].recs if split in self._hist else self._values(split)
     if not self.hists or not h: raise ValueError(f'No histograms are recorded ({split}): use `ActivationLogger(hist=True)`' + (' and `valid=True`.' if split=='valid' else '.'))
     hs = [(r[1][i:i+1].astype(np.int64),r[2][i:i+1]) for r in h]
+    if not any(c.any() for c,_ in hs): raise ValueError(f'{self._title(i)} has no finite values ({split})' + (', since it never ran: its weights may be used by another module, whose name `layers` takes.' if not self._rec.calls[i] else '.'))
     total,at = reduce(lambda a,b: _merge_hists(*a, *b), hs)
     one = (total>0).astype(np.int64)
     return np.stack([(_merge_hists(*o, one, at)[0]-one)[0] for o in hs], 1),_edges(at[0])
@@ -379,7 +466,7 @@ def summary(self:ActivationLogger,
     batches = [sum(m['batches'] for m in h[k].meta) for k in ('train','valid')]
     res = [f"ActivationLogger: {N} layers, {batches[0]} training and {batches[1]} validation batches, " + ('every value' if self.sample is None else f'{self.sample} values of each layer and batch')]
     res += [f"{k}: {_first_of([a['layer'] for a in v], 6)}, first at {v[0]['split']} epoch {v[0]['epoch']} batch {v[0]['batch']}" for k,v in self.found.groupby(lambda a: a['cause']).items()] or ['No alerts']*bool(self.alerts)
-    if idle := [o for o,k in zip(names, self._rec.calls) if not k]: res.append(f'Never ran: {_first_of(idle, 8)}')
+    if idle := [o for o,k in zip(names, self._rec.calls) if not k]: res.append(f'Never ran: {_first_of(idle, 8)} (their weights may be used by other modules, which `layers` can name)')
     df = pd.DataFrame({'layer':names, 'type':[type(m).__name__[:16] for m in self._rec.layers.values()], 'std':c['std'], 'at start':c0['std'], 'mean':c['mean'],
         'near 0':c['near_zero'], 'dead':c['dead'], 'nonfinite':c['nonfinite'], 'BN dist':c['bn_dist']})
     with np.errstate(all='ignore'): score = np.nan_to_num(np.abs(np.log(c['std']/c0['std'])), posinf=9) + np.nan_to_num(c['bn_dist']) + 1e6*np.isin(names, list(self.found.itemgot('layer')))
@@ -395,8 +482,10 @@ def summary(self:ActivationLogger,
 # %% ../nbs/04_activations.ipynb #a3df5ab7
 _no_bn = 'No BatchNorm distance is recorded: the model has no BatchNorm with running statistics from an earlier training, or `layers` leaves it out.'
 
-def _extent(x): return (x[0]-.5*(d := (x[-1]-x[0])/max(1, len(x)-1) or 1), x[-1]+.5*d)
-def _ticks(f, names, most, **kw): f(range(0, len(names), step := -(-len(names)//most)), names[::step], fontsize=7, **kw)
+_said_as = dict(near_zero='share near zero', nonfinite='share of NaN and infinite values', dead='share of dead channels', bn_dist='distance of the BatchNorm input')
+def _short_name(n): return n if len(n)<=40 else '...'+n[-37:]
+def _ticks(f, names, most, **kw): f(range(0, len(names), step := -(-len(names)//most)), [_short_name(n) for n in names[::step]], fontsize=7, **kw)
+def _records(ax, x): ax.set_xticks(at := np.unique(np.linspace(0, len(x)-1, min(len(x), 8)).astype(int)), x[at])    # one column each, named by its batch
 def _new_ax(figsize):
     import matplotlib.pyplot as plt
     return plt.subplots(figsize=figsize, layout='constrained')[1]
@@ -426,10 +515,11 @@ def plot(self:ActivationLogger,
     signed = key in ('mean','min','max')
     norm = LogNorm(1/top, top) if relative else CenteredNorm() if signed else LogNorm(*np.quantile(pos, [.01,.99]).clip((m := np.median(pos))/100, m*100)) if key=='std' and len(pos) else None
     ax = ax or _new_ax(figsize or (9, min(12, 1.5+.19*len(M))))
-    im = ax.imshow(M, aspect='auto', interpolation='nearest', cmap=('RdBu_r' if relative or signed else 'viridis'), extent=(*_extent(x), len(M)-.5, -.5), norm=norm, vmin=None if norm else 0)
+    im = ax.imshow(M, aspect='auto', interpolation='nearest', cmap=('RdBu_r' if relative or signed else 'viridis'), norm=norm, vmin=None if norm else 0)
     _ticks(ax.set_yticks, names, 60)
-    ax.set(xlabel='training batch', title=f"{key.replace('_', ' ')} of each layer's {'output' if stat==key else 'gradient'}{', relative to the first record'*relative} ({split})")
-    ax.figure.colorbar(im, ax=ax, pad=.02, fraction=.05, aspect=40, extend='both' if relative or key=='std' else 'neither')
+    _records(ax, x)
+    ax.set(xlabel='training batch', title=f"{_said_as.get(key, key)} of each layer's {'output' if stat==key else 'gradient'}{', relative to the first record'*relative} ({split})")
+    ax.figure.colorbar(im, ax=ax, pad=.02, fraction=.05, aspect=40, label='multiple of the first record' if relative else _said_as.get(key, key), extend='both' if relative or key=='std' else 'neither')
     return ax
 
 # %% ../nbs/04_activations.ipynb #34fffe8f
@@ -465,7 +555,8 @@ def color_dim(self:ActivationLogger,
     used = np.flatnonzero(H.any(1))
     a,b = (used[0],used[-1]+1) if len(used) else (0,_bins)
     ax = ax or _new_ax(figsize)
-    im = ax.imshow(np.log1p(H[a:b]/H.sum(0).clip(1)*1e4), origin='lower', aspect='auto', interpolation='nearest', extent=(*_extent(x), edges[a], edges[b]), vmin=0)
+    im = ax.imshow(np.log1p(H[a:b]/H.sum(0).clip(1)*1e4), origin='lower', aspect='auto', interpolation='nearest', extent=(-.5, len(x)-.5, edges[a], edges[b]), vmin=0)
+    _records(ax, x)
     ax.set(xlabel='training batch', ylabel='activation', title=self._title(i))
     cb,ticks = ax.figure.colorbar(im, ax=ax, pad=.02, label='share of values in a bin'),np.array([0,1e-3,1e-2,1e-1,1])
     ticks = ticks[np.log1p(ticks*1e4)<=im.norm.vmax]

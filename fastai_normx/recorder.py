@@ -16,6 +16,7 @@ from dataclasses import fields,is_dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from math import gcd,prod
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -237,7 +238,7 @@ def _axis(rule, ndim):
 
 # %% ../nbs/04a_recorder.ipynb #dac86abf
 def _check_sample(n):
-    if n is None or isinstance(n, int) and n>=64: return n
+    if n is None or isinstance(n, Integral) and n>=64: return n
     raise ValueError(f'`sample` is the number of values looked at in each layer, 64 or more, or None for all; received {n!r}.')
 
 class ActivationRecorder:
