@@ -74,7 +74,10 @@ def normx_check(
         from fastai_normx.match import stats_match
         from fastai_normx.stats import DataStatsWarning
         try: r = stats_match(Path(folder).expanduser(), expected_stats(name, n_in), n_items=n_items, warn=False)
-        except (ValueError,ImportError,OSError) as e: print(f'normx check: {e}'.replace('data_stats ', ''), file=sys.stderr); return 2
+        except (ValueError,ImportError,OSError) as e:
+            order = '\nThe folder of images comes first, then the name: `normx check FOLDER NAME`.' if not Path(folder).expanduser().is_dir() and Path(name).is_dir() else ''
+            print(f'normx check: {e}'.replace('data_stats ', '') + order, file=sys.stderr)
+            return 2
     notes = [str(w.message) for w in ws if issubclass(w.category, (ExpectedStatsWarning,DataStatsWarning))]
     print(dumps(_report_dict(r)|dict(notes=notes), indent=1) if json else '\n'.join([str(r), *(f'note: {n}' for n in notes)]))
     return int(r.outcome=='mismatch')
@@ -186,6 +189,7 @@ def main():
     if name not in _commands:
         usage = 'usage: normx COMMAND [-h] ...\n\n' + '\n'.join(f'  {k:10}{f.__doc__}' for k,f in _commands.items())
         if name in ('-h','--help'): return print(usage)
+        if name=='--version': return print(import_module('fastai_normx').__version__)
         raise SystemExit(f'normx: there is no command {name!r}\n\n{usage}')
     f = _commands[name].__wrapped__
     args = vars(anno_parser(f, prog=f'normx {name}', pos=['path']).parse_args(rest))

@@ -98,7 +98,7 @@ def _warn_range(s):
 @_resolve.register(tuple)
 @_resolve.register(list)
 def _(source):
-    if len(source)!=2: raise ValueError(f'A pair `(mean, std)` was expected, received {len(source)} values: {source!r}'[:300])
+    if len(source)!=2: raise ValueError(f'A pair `(mean, std)` was expected, received {len(source)} values: {source!r}.'[:300] + ' Pass both in one: `imagenet_stats`, not `*imagenet_stats`.'*(len(source) in (1,3,4)))
     s = NormStats(*source)
     if max(s.std)>.5 or not _in_range(s): _warn_range(s)
     return s

@@ -132,7 +132,7 @@ def _join(n, m, sq, axis):
 _Plan = namedtuple('_Plan', 'n k idx C K chans span')
 
 class _Buffer:
-    "Samples of tensors on one device and of one precision, a row each, and what was computed from them"
+    "Samples of tensors on one device and of one precision, a row each, and what was computed from them; histograms of the first `hist` layers"
     def __init__(self, rows, size, device, dtype, hist, exact):
         self.hist,self.exact,self.meta,self.done = hist,exact,[],[]
         with torch.inference_mode(False):
@@ -152,14 +152,15 @@ class _Buffer:
         "`meta` of the rows with the same `key`, and the rows"
         groups,x = {},self.x.cpu() if self.x.device.type=='mps' else self.x   # which has no float64
         for r,m in enumerate(self.meta): groups.setdefault(key(m), []).append(r)
-        for k,rows in groups.items(): yield k,[self.meta[r] for r in rows],x[:len(rows)] if len(groups)==1 else x[rows]
+        for k,rows in groups.items(): yield k,[self.meta[r] for r in rows],x[rows[0]:rows[-1]+1] if rows[-1]-rows[0]<len(rows) else x[rows]
 
     def reduce(self):
         "Compute everything about the rows so far, for all of them at once"
-        for k,ms,X in self._groups(lambda m: len(m[2].idx)):
+        for (k,hist),ms,X in self._groups(lambda m: (len(m[2].idx), m[0] is not None and m[0]<self.hist)):
+            if self.exact and not hist: continue
             mom = _row_stats(X[:,:k], self.room)
             if not self.exact: self.done.append(('mom', ms, mom))
-            if self.hist: self.done.append(('hist', ms, _hist(X[:,:k], mom)))
+            if hist: self.done.append(('hist', ms, _hist(X[:,:k], mom)))
         for (C,K,bn),ms,X in self._groups(lambda m: (m[2].C,m[2].K,m[1] is not None)) if not self.exact else ():
             if not C: continue
             X = X[:,:C*K].unflatten(1, (K,C))
@@ -195,7 +196,8 @@ def _matches(named, o):
     f = (lambda n,m: fnmatchcase(n, o)) if isinstance(o, str) else (lambda n,m: m is _unwrap(o)) if isinstance(o, nn.Module) else \
         (lambda n,m: isinstance(m, o)) if isinstance(o, type) else o
     if not callable(f): raise TypeError(f'`layers` takes names or patterns (`"0.*.conv?"`), types, modules, or a function of name and module; received {o!r}: see `model.named_modules()` for the names.')
-    return [n for n,m in named.items() if f(n, m)]
+    try: return [n for n,m in named.items() if f(n, m)]
+    except TypeError as e: raise TypeError(f'`layers`: a function is called with the name of each module and the module, `lambda name,module: ...`. {e}') from e
 
 def _select(model, layers):
     "The chosen modules of `model` by name, in the model's order"
@@ -205,6 +207,7 @@ def _select(model, layers):
     for o in [] if layers is None else layers if isinstance(layers, (list,tuple,set,L)) else [layers]:
         if not (hit := _matches(named, o)): raise ValueError(
             f'`layers`: no module of this {type(model).__name__} matches {o if isinstance(o, str) else getattr(o, "__name__", type(o).__name__)!r}. '
+            + (f'To choose by type: `nn.{o}`, without quotes. ' if isinstance(o, str) and any(type(m).__name__==o for m in named.values()) else '') +
             f'Its {len(named)} modules are called {", ".join(list(named)[len(named)>1:6])}, ...: see `model.named_modules()`.')
         found.update(hit)
     if not found: raise ValueError(f'This {type(model).__name__} has no module with parameters: name what to record, e.g. `layers="*"`.' if layers is None else '`layers` is empty: name what to record, or leave it out for all modules with parameters.')
@@ -316,7 +319,7 @@ def _take(self:ActivationRecorder, x, row, rule, bn=None):
         p = self._plans.get(key) or self._plan(key)
         if not p.k: return
         at = dev,torch.float64 if x.dtype==torch.float64 else torch.float32
-        if at not in self._bufs: self._bufs[at] = _Buffer(max(8, self.rows), self.sample or 4096, *at, self.hist, self.sample is None)
+        if at not in self._bufs: self._bufs[at] = _Buffer(max(8, self.rows), self.sample or 4096, *at, self.hist*len(self.names), self.sample is None)
         b,meta = self._bufs[at],[row,bn,p]
         if self.sample is None: b.done.append(('exact', [meta], _exact(x.cpu() if dev.type=='mps' else x, _axis(rule, x.ndim), b.room)))
         if p.idx is not None: b.add(x, meta)
@@ -450,8 +453,8 @@ def _assemble(self:ActivationRecorder, done):
         (f,mean,sq,lo,hi,near),one = np.stack([a for _,a in o], 1),_empty(self.rows, self.hist) if j else rec
         one[0][r,:_dead] = np.column_stack([n, mean, sq/np.maximum(f, 1), lo, hi, near/k, 1-f/k])
         if self.hist:
-            H = np.stack([hists[id(m)] for m,_ in o])
-            one[1][r],one[2][r] = H[:,2:],H[:,:2]
+            for m,_ in o:
+                if (h := hists.get(id(m))) is not None: one[1][m[0]],one[2][m[0]] = h[2:],h[:2]
         if j: rec = _merge(rec, one)
     for i,d in dead.items(): rec[0][i,_dead] = d
     for i,d in dists.items(): rec[0][i,_bn] = np.average([a for a,_ in d], weights=[n for _,n in d])

@@ -1619,3 +1619,8 @@ def test_a_function_cannot_change_what_others_write():
     def spoil(df): df['mean'] = 0.
     get_and_fit(to=[spoil, b.append])
     assert (b[0]['mean'] != 0).any()
+
+
+def test_layers_chosen_in_the_wrong_way():
+    with pytest.raises(ValueError, match='To choose by type: `nn.Conv2d`, without quotes'): ActivationRecorder(small(), 'Conv2d')
+    with pytest.raises(TypeError, match='called with the name of each module and the module'): ActivationRecorder(small(), lambda n: True)

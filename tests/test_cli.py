@@ -37,7 +37,7 @@ def test_one_bad_name_does_not_cost_the_others(tmp_path):
 
 
 @pytest.mark.parametrize('args,code,text', [
-    ([], 0, 'usage: normx COMMAND'), (['--help'], 0, 'demo'), (['nonsense'], 1, "no command 'nonsense'"), (['expected'], 1, 'at least one name'),
+    ([], 0, 'usage: normx COMMAND'), (['--help'], 0, 'demo'), (['--version'], 0, '.'), (['nonsense'], 1, "no command 'nonsense'"), (['expected'], 1, 'at least one name'),
     (['expected', '--help'], 0, '--n-in'), (['demo', '--help'], 0, '--epochs'), (['demo', '--nonsense'], 2, 'unrecognized arguments'),
 ])
 def test_usage(args, code, text):
@@ -49,3 +49,8 @@ def test_demo_without_its_extra(tmp_path):
     code = "import sys; sys.modules['skimage'] = None; sys.argv = ['normx', 'demo']; from fastai_normx.cli import main; main()"
     r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
     assert r.returncode == 1 and "pip install 'fastai_normx[demo]'" in r.stderr and 'Traceback' not in r.stderr
+
+
+def test_arguments_in_the_other_order(tmp_path):
+    r = normx('check', 'resnet18', tmp_path)
+    assert r.returncode == 2 and '`normx check FOLDER NAME`' in r.stderr

@@ -50,6 +50,7 @@ def test_layouts_that_do_not_exist():
 def test_errors_reach_the_caller():
     with pytest.raises(ValueError, match='Closest names'): Normalize.from_pretrained('resnet5O')
     with pytest.raises(ValueError, match='must come from you'): Normalize.from_pretrained('resnet50', n_in=4)
+    with pytest.raises(ValueError, match=r'`imagenet_stats`, not `\*imagenet_stats`'): Normalize.from_pretrained(*imagenet_stats)
 
 
 # Batches
