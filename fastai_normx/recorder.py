@@ -68,19 +68,23 @@ def _row_stats(X, D=None):
 # %% ../nbs/04a_recorder.ipynb #7d0c42ef
 _bins = 64
 
-def _hist(X, mom):
-    "`[R,2+bins]` of rows with these `_row_stats`: exponent of the bins' width, number of the first bin, then the counts"
+def _hist(X, mom, D=None, I=None):
+    "`[R,2+bins]` of rows with these `_row_stats`: exponent of the bins' width, number of the first bin, then the counts. `D` and the integers `I` are room to compute in"
     n,m,sq,lo,hi,_ = mom
-    R,k,sd = *X.shape,(sq/n.clamp(min=1)).sqrt()*8
+    sd = (sq/n.clamp(min=1)).sqrt()*8
     lo,hi = torch.maximum(lo, m-sd).where(n>0, 0.),torch.minimum(hi, m+sd).where(n>0, 0.)
     e = torch.maximum((hi-lo)/(_bins-2), torch.maximum(lo.abs(), hi.abs())*2**-20).clamp(min=2.**-100).log2().ceil()
     first = (lo*torch.exp2(-e)).floor()
-    I = (X*torch.exp2(-e).to(X.dtype)[:,None]).sub_(first.to(X.dtype)[:,None]).clamp_(0, _bins-1).int()
-    I += torch.arange(0, R*_bins, _bins, dtype=torch.int32, device=X.device)[:,None]
-    cpu = X.device.type=='cpu'
-    if not cpu or (n<k).any(): I.masked_fill_(~X.isfinite(), R*_bins)
-    c = torch.bincount(I.flatten(), minlength=R*_bins+1) if cpu else torch.zeros(R*_bins+1, device=X.device).index_add_(0, I.flatten(), torch.ones_like(X).flatten())
-    return torch.cat([torch.stack([e,first], 1), c[:-1].view(R, _bins).double()], 1)
+    cs,step = [],max(1, len(D)//X.shape[1]) if D is not None and len(D) else len(X)
+    for x,w,f,ok in zip(*(o.split(step) for o in (X, torch.exp2(-e).to(X.dtype)[:,None], first.to(X.dtype)[:,None], n==X.shape[1]))):
+        d,i = (o[:x.numel()].view_as(x) if o is not None and x.numel()<=len(o) else torch.empty_like(x, dtype=t) for o,t in ((D,x.dtype),(I,torch.int32)))
+        i.copy_(torch.mul(x, w, out=d).sub_(f).clamp_(0, _bins-1))
+        i += torch.arange(0, len(x)*_bins, _bins, dtype=torch.int32, device=x.device)[:,None]
+        cpu,N = x.device.type=='cpu',len(x)*_bins
+        if not cpu or not ok.all(): i.masked_fill_(~x.isfinite(), N)
+        c = torch.bincount(i.flatten(), minlength=N+1) if cpu else torch.zeros(N+1, device=x.device).index_add_(0, i.flatten(), torch.ones_like(x).flatten())
+        cs.append(c[:-1].view(-1, _bins).double())
+    return torch.cat([torch.stack([e,first], 1), torch.cat(cs)], 1)
 
 def _edges(eo): return np.ldexp(eo[1]+np.arange(_bins+1.), int(eo[0]))
 
@@ -89,12 +93,13 @@ def _still(lo, hi):
     "Which channels with these extremes do not vary"
     return (hi-lo <= 1e-6*(abs(lo)+abs(hi))) & (abs(hi-lo) < np.inf)
 
-def _halves(X):
+def _halves(X, D=None):
     "Means and standard deviations `[R,2,2,C]` of the two halves of `[R,K,C]`"
     k = X.shape[1]//2
     H = X[:,:2*k].unflatten(1, (k,2))
     m = H.mean(1)
-    s = ((H-m[:,None]).square_().sum(1)/(k-1)).sqrt()*(1+1/(4*(k-1))) if k>1 else m*np.nan
+    d = D[:H.numel()].view_as(H) if D is not None and H.numel()<=len(D) else torch.empty_like(H)
+    s = (torch.sub(H, m[:,None], out=d).square_().sum(1)/(k-1)).sqrt()*(1+1/(4*(k-1))) if k>1 else m*np.nan
     return torch.stack([m,s], 2)
 
 def _bn_dist(halves, ref):
@@ -138,7 +143,7 @@ class _Buffer:
         with torch.inference_mode(False):
             self.x = torch.empty(rows, size, device=device, dtype=dtype)
             self.rows = self.x.unbind(0)
-            self.room = self.x.new_empty(2**18 if device.type=='cpu' else 0)   # kept, since fresh memory is slow
+            self.room,self.ints = (self.x.new_empty(2**18 if device.type=='cpu' else 0, dtype=t) for t in (dtype,torch.int32))   # kept, since fresh memory is slow
 
     def add(self, x, meta):
         if len(self.meta)==len(self.rows): self.reduce()   # not before: a BatchNorm may have claimed the last row
@@ -160,12 +165,12 @@ class _Buffer:
             if self.exact and not hist: continue
             mom = _row_stats(X[:,:k], self.room)
             if not self.exact: self.done.append(('mom', ms, mom))
-            if hist: self.done.append(('hist', ms, _hist(X[:,:k], mom)))
+            if hist: self.done.append(('hist', ms, _hist(X[:,:k], mom, self.room, self.ints)))
         for (C,K,bn),ms,X in self._groups(lambda m: (m[2].C,m[2].K,m[1] is not None)) if not self.exact else ():
             if not C: continue
             X = X[:,:C*K].unflatten(1, (K,C))
             self.done.append(('still', ms, _still(X.amin(1), X.amax(1))))
-            if bn: self.done.append(('bn', ms, _halves(X)))
+            if bn: self.done.append(('bn', ms, _halves(X, self.room)))
         self.meta = []
 
     def fetch(self):
