@@ -163,7 +163,7 @@ class ActivationLogger(Callback):
     def reset(self):
         "Forget all records; the next `fit` starts anew. What was written to `to` stays there, and steps count on"
         if self._rec is not None: self._rec.free()
-        self._rec = self._guarded = self._now = self._first = self._left = self._pending = None
+        self._rec = self._guarded = self._now = self._first = self._left = self._pending = self._got = None
         self._open,self._nested = (),False
         self._whole,self._blind,self._scale,self._step0 = False,False,1.,self._steps
         if not self._outs: self._fits,self._steps,self._step0 = -1,0,0
@@ -263,18 +263,25 @@ def before_batch(self:ActivationLogger):
 
 @patch
 def after_pred(self:ActivationLogger):
-    if self._now is not None: self._rec.stop(); self._whole = True
+    if self._now is None: return
+    self._rec.stop()
+    self._whole = True
+    if self._rec._ready: self._got = self._collect()    # after the step malloc would give what it freed back to the system, and the next step be slow
+
+@patch
+def _collect(self:ActivationLogger):
+    try: return self._rec.collect()
+    except Exception as e:
+        self._rec.free()
+        self._once('collect', f'A batch was not recorded: {type(e).__name__}: {e}')
 
 @patch
 def _finish(self:ActivationLogger, failed):
     "Make a record of the batch that just ended"
-    now,whole,self._now,self._whole = self._now,self._whole,None,False
+    now,whole,rec,self._now,self._whole,self._got = self._now,self._whole,self._got,None,False,None
     if now is None: return
     self._rec.stop()
-    try: rec = self._rec.collect()
-    except Exception as e:
-        self._rec.free()
-        return self._once('collect', f'A batch was not recorded: {type(e).__name__}: {e}')
+    if rec is None: rec = self._collect()
     for i,e in self._rec.problems.items(): self._once(i, f'Layer {self._rec.names[i]} is not recorded: {type(e).__name__}: {e}')
     if rec is None: self._blind |= whole
     elif self._scale!=1: rec = _unscaled(rec, len(self._rec.names), self._scale)

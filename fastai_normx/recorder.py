@@ -50,19 +50,26 @@ def _places(shape, stride, axis, size, gen=None, chans=None):
 _near = .05
 
 def _parts(X, ax, D):
-    "Of each block of a matrix along `ax`: values, mean, sum of squared deviations, min, max, values near zero; `[6,parts]`, float64. `D` is room to compute in"
-    res = []
-    for R in X.split(max(1 if ax else 64, 2**18//X.shape[1])):
+    "Of each block of a matrix along `ax`: values, mean, sum of squared deviations, min, max, values near zero; `[6,parts]`. `D` is room to compute in"
+    step = max(1 if ax else 64, 2**18//X.shape[1])
+    blocks = X.split(step)
+    S = X.new_empty(6, len(X) if ax else len(blocks)*X.shape[1])
+    for R,o in zip(blocks, S.split(step if ax else X.shape[1], 1)):
         d = D[:R.numel()].view_as(R) if R.numel()<=len(D) else torch.empty_like(R)
-        m = R.mean(ax, keepdim=True)
-        sq = torch.sub(R, m, out=d).square_().sum(ax)
-        res.append(torch.stack([sq, m.flatten(), sq, R.amin(ax), R.amax(ax), torch.abs(R, out=d).le_(_near).sum(ax)]).double())
-        res[-1][0] = R.shape[ax]    # in float64, since float32 cannot count beyond 2**24
-    return torch.cat(res, 1)
+        _,m,sq,lo,hi,near = o.unsqueeze(1+ax)
+        torch.mean(R, ax, keepdim=True, out=m)
+        torch.sum(torch.sub(R, m, out=d).square_(), ax, keepdim=True, out=sq)
+        torch.amin(R, ax, keepdim=True, out=lo)
+        torch.amax(R, ax, keepdim=True, out=hi)
+        torch.sum(torch.abs(R, out=d).le_(_near), ax, keepdim=True, out=near)
+    if R.shape[ax]>2**24: S = S.double()    # beyond which float32 cannot count
+    S[0] = X.shape[1] if ax else step
+    if not ax: S[0,-X.shape[1]:] = len(R)
+    return S
 
 def _row_stats(X, D=None):
-    "The same of all finite values in each row"
-    if X.device.type=='cpu' and (S := _parts(X, 1, X.new_empty(0) if D is None else D)).sum().isfinite(): return S
+    "The same of all finite values in each row, float64"
+    if X.device.type=='cpu' and (S := _parts(X, 1, X.new_empty(0) if D is None else D)).sum().isfinite(): return S.double()
     return torch.stack([*_moments(X)[:5], (X.abs()<=_near).sum(1).double()])
 
 # %% ../nbs/04a_recorder.ipynb #7d0c42ef
@@ -127,11 +134,11 @@ def _exact(x, axis, D):
     X = x.movedim(axis, 0).flatten(1)
     return torch.cat([_row_stats(o.double()) for o in X.split(max(1, 2**22//X.shape[1]))], 1)[:,None,:,None]
 
-def _join(n, m, sq, axis):
-    "Values, mean and sum of squared deviations of parts along `axis`, taken together (Chan et al.)"
-    N = n.sum(axis)
-    mean = (n*m).sum(axis)/np.maximum(N, 1)
-    return N,mean,(sq+n*(m-np.expand_dims(mean, axis))**2).sum(axis)
+def _join(n, m, sq):
+    "Values, mean and sum of squared deviations of each channel, from its parts (Chan et al.)"
+    N = n.sum((0,2))
+    mean = (n*m).sum((0,2))/np.maximum(N, 1)
+    return N,mean,(sq+n*(m-mean[:,None])**2).sum((0,2))
 
 # %% ../nbs/04a_recorder.ipynb #7daa628e
 _Plan = namedtuple('_Plan', 'n k idx C K chans span')
@@ -143,7 +150,7 @@ class _Buffer:
         with torch.inference_mode(False):
             self.x = torch.empty(rows, size, device=device, dtype=dtype)
             self.rows = self.x.unbind(0)
-            self.room,self.ints = (self.x.new_empty(2**18 if device.type=='cpu' else 0, dtype=t) for t in (dtype,torch.int32))   # kept, since fresh memory is slow
+            self.room,self.some,self.ints = (self.x.new_empty(2**18 if device.type=='cpu' else 0, dtype=t) for t in (dtype,dtype,torch.int32))   # kept, since fresh memory is slow
 
     def add(self, x, meta):
         if len(self.meta)==len(self.rows): self.reduce()   # not before: a BatchNorm may have claimed the last row
@@ -156,8 +163,14 @@ class _Buffer:
     def _groups(self, key):
         "`meta` of the rows with the same `key`, and the rows"
         groups,x = {},self.x.cpu() if self.x.device.type=='mps' else self.x   # which has no float64
+        step = len(self.some)//x.shape[1]
         for r,m in enumerate(self.meta): groups.setdefault(key(m), []).append(r)
-        for k,rows in groups.items(): yield k,[self.meta[r] for r in rows],x[rows[0]:rows[-1]+1] if rows[-1]-rows[0]<len(rows) else x[rows]
+        for k,rows in groups.items():
+            if rows[-1]-rows[0]<len(rows): yield k,[self.meta[r] for r in rows],x[rows[0]:rows[-1]+1]
+            else:
+                for part in (rows[i:i+(step or len(rows))] for i in range(0, len(rows), step or len(rows))):
+                    out = self.some[:len(part)*x.shape[1]].view(len(part), -1) if step else None
+                    yield k,[self.meta[r] for r in part],torch.index_select(x, 0, torch.tensor(part, device=x.device), out=out)
 
     def reduce(self):
         "Compute everything about the rows so far, for all of them at once"
@@ -290,6 +303,11 @@ class ActivationRecorder:
         self._last = None
         self._on.close()
 
+    @property
+    def _ready(self):
+        "Has `collect` nothing to wait for?"
+        return not self.grads and all(dev.type=='cpu' for dev,_ in self._bufs)
+
     def free(self):
         "Hooks off, and nothing kept but the last record"
         self.stop()
@@ -414,15 +432,22 @@ def _dead_share(self:ActivationRecorder, row, K, still):
     return (np.mean(c>=256) if still.any() else 0.) if self.looked[key]>=256 else np.nan
 
 def _as_rows(done):
-    "What was computed, with that of all of a layer's channels in the terms of a row"
-    for kind,ms,A in done:
-        if kind!='exact': yield kind,ms,A; continue
-        n,m,sq,lo,hi,near = A
-        n,m,sq = _join(n, m, sq, (0,2))
-        N,mean,dev = _join(n, m, sq, 0)
-        yield 'mom',ms,np.array([[N], [mean], [dev], [lo.min()], [hi.max()], [near.sum()]])
-        if ms[0][2].K>1: yield 'still',ms,_still(lo.min((0,2)), hi.max((0,2)))[None]
-        if ms[0][1] is not None: yield 'bn',ms,np.array([[[m,np.sqrt(sq/np.maximum(n, 1))]]*2])
+    "What was computed, with that of all parts of a layer in the terms of a row"
+    yield from (o for o in done if o[0]!='exact')
+    if not (done := [(ms,A) for kind,ms,A in done if kind=='exact']): return
+    n,m,sq,lo,hi,near = np.concatenate([A.reshape(6, -1) for _,A in done], 1)
+    size = [A[0].size for _,A in done]
+    at = np.cumsum([0,*size[:-1]])
+    N = np.add.reduceat(n, at)
+    mean = np.add.reduceat(n*m, at)/np.maximum(N, 1)
+    dev = np.add.reduceat(sq+n*(m-np.repeat(mean, size))**2, at)
+    yield 'mom',[ms[0] for ms,_ in done],np.stack([N, mean, dev, np.minimum.reduceat(lo, at), np.maximum.reduceat(hi, at), np.add.reduceat(near, at)])
+    for (ms,A),still in zip(done, np.logical_or.reduceat(_still(lo, hi), at)):
+        _,bn,p = ms[0]
+        if p.K>1: yield 'still',ms,_still(A[3].min((0,2)), A[4].max((0,2)))[None] if still else np.zeros((1,p.C))
+        if bn is None: continue
+        n,m,sq = _join(*A[:3])
+        yield 'bn',ms,np.array([[[m,np.sqrt(sq/np.maximum(n, 1))]]*2])
 
 # %% ../nbs/04a_recorder.ipynb #ff568559
 @patch

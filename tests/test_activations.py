@@ -436,13 +436,32 @@ def recorded(m, *xs, **kw):
     return rec
 
 
+def test_samples_larger_than_the_kept_memory():
+    m, x = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 3, 1), nn.Conv2d(3, 2, 1)), torch.randn(16, 1, 128, 128)
+    rec = recorded(m, x, sample=300_000)   # the first and the last layer are of one shape, the second between them
+    want = [numpy_stats(o.detach().numpy()) for o in (m[0](x), m[1](m[0](x)), m(x))]
+    for i, w in enumerate(want): assert {k: row(rec.record, i)[k] for k in ('mean', 'std')} == pytest.approx({k: w[k] for k in ('mean', 'std')}, abs=.01)
+
+
+@pytest.mark.parametrize('grads', [False, True])
+def test_computes_before_the_step_frees_its_memory(monkeypatch, grads):
+    seen, real = [], ActivationRecorder.collect
+    monkeypatch.setattr(ActivationRecorder, 'collect', lambda self: seen.append('collect') or real(self))
+    class Log(Callback):
+        def before_backward(self): seen.append('backward')
+    learn = get_learner(cbs=[ActivationLogger(grads=grads), Log()])
+    learn.fit(1)
+    assert [o for o in seen][:2] == (['backward', 'collect'] if grads else ['collect', 'backward'])
+    assert seen.count('collect') == len(learn.dls.train)+len(learn.dls.valid)
+
+
 @pytest.mark.parametrize('shape', [(64, 50257), (64, 8, 8193), (16, 512, 7, 7), (16, 40, 32, 32)])
 def test_exact_keeps_few_parts(shape):
     x = torch.randn(shape)
     for axis in (1, len(shape)-1):
         S = R._exact(x, axis, torch.empty(2**18))
         assert S.numel() < x.numel()/2
-        N, mean, sq = R._join(*S[:3].numpy(), (0, 2))
+        N, mean, sq = R._join(*S[:3].double().numpy())
         y = x.double().movedim(axis, 0).flatten(1).numpy()
         assert np.allclose(mean, y.mean(1), atol=1e-6) and np.allclose(sq/N, y.var(1), rtol=1e-5)
 
