@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import fields,is_dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from math import gcd,prod
+from math import gcd,isfinite,prod
 from numbers import Integral
 
 import numpy as np
@@ -48,24 +48,23 @@ def _places(shape, stride, axis, size, gen=None, chans=None):
 
 # %% ../nbs/04a_recorder.ipynb #359f52bf
 _near = .05
+_near_sq = {torch.float32:float(np.float32(_near)**2), torch.float64:_near**2}    # the same values lie within it
 
-def _parts(X, ax, D):
-    "Of each block of a matrix along `ax`: values, mean, sum of squared deviations, min, max, values near zero; `[6,parts]`. `D` is room to compute in"
+def _parts(X, ax, D, centred=True):
+    "Of each block of a matrix along `ax`: values, mean, sum of squared deviations (or of squares), min, max, values near zero; `[6,parts]`. `D` is room to compute in"
     step = max(1 if ax else 64, 2**18//X.shape[1])
     blocks = X.split(step)
-    S = X.new_empty(6, len(X) if ax else len(blocks)*X.shape[1])
+    S = X.new_full((6, len(X) if ax else len(blocks)*X.shape[1]), X.shape[1] if ax else min(step, len(X)))
     for R,o in zip(blocks, S.split(step if ax else X.shape[1], 1)):
         d = D[:R.numel()].view_as(R) if R.numel()<=len(D) else torch.empty_like(R)
         _,m,sq,lo,hi,near = o.unsqueeze(1+ax)
         torch.mean(R, ax, keepdim=True, out=m)
-        torch.sum(torch.sub(R, m, out=d).square_(), ax, keepdim=True, out=sq)
+        torch.sum(torch.sub(R, m, out=d).square_() if centred else torch.mul(R, R, out=d), ax, keepdim=True, out=sq)
         torch.amin(R, ax, keepdim=True, out=lo)
         torch.amax(R, ax, keepdim=True, out=hi)
-        torch.sum(torch.abs(R, out=d).le_(_near), ax, keepdim=True, out=near)
-    if R.shape[ax]>2**24: S = S.double()    # beyond which float32 cannot count
-    S[0] = X.shape[1] if ax else step
-    if not ax: S[0,-X.shape[1]:] = len(R)
-    return S
+        torch.sum(torch.abs(R, out=d).le_(_near) if centred else d.le_(_near_sq[X.dtype]), ax, keepdim=True, out=near)
+    if not ax and len(blocks)>1: S[0,-X.shape[1]:] = len(R)
+    return S if R.shape[ax]<2**24 else torch.cat([torch.full_like(S[:1], R.shape[ax], dtype=torch.float64), S[1:]])    # float32 cannot count on
 
 def _row_stats(X, D=None):
     "The same of all finite values in each row, float64"
@@ -121,16 +120,22 @@ def _bn_ref(m):
     return np.stack([mu, np.sqrt(var), np.sqrt(np.maximum(var, .01*var.mean())+m.eps)])
 
 # %% ../nbs/04a_recorder.ipynb #472c4174
-def _exact(x, axis, D):
-    "The same of all of `x`, in parts of its channels: `[6,parts,C,parts]`"
+def _exact(x, axis, D, bn=True):
+    "The same of all of `x`, in parts of its channels: `[6,parts,C,parts]`. Without `bn` a part's sum of squares need not be good beside its mean, only the layer's"
     if x.dtype not in (torch.float32,torch.float64): x = x.float()
     if axis is None: x,axis = x.reshape(1, 1, -1),1
     if x.device.type=='cpu':
         if not x.is_contiguous(): x,axis = x.movedim(axis, -1).contiguous(),x.ndim-1
         n,C,k = prod(x.shape[:axis]),x.shape[axis],prod(x.shape[axis+1:])       # `x` is [n,C,k] in memory
         r = gcd(n, 32//gcd(C*k, 32)) if C*k<2**12 else 1        # rows of 32 or a multiple are fast
-        S = _parts(x.view(-1, k), 1, D) if k>=64 else _parts(x.view(n//r, -1), 0, D)
-        if S.sum().isfinite(): return S.view(6, -1, C, 1 if k>=64 else k)
+        X,ax = (x.view(-1, k),1) if k>=64 else (x.view(n//r, -1),0)
+        S = _parts(X, ax, D, bn)
+        if isfinite(sq := float(S[2].sum())):
+            if not bn:
+                w = S[0]*S[1]
+                if float(w.sum())**2 <= .75*sq*x.numel(): S[2].addcmul_(w, S[1], value=-1)
+                else: S = _parts(X, ax, D)
+            return S.view(6, -1, C, 1 if k>=64 else k)
     X = x.movedim(axis, 0).flatten(1)
     return torch.cat([_row_stats(o.double()) for o in X.split(max(1, 2**22//X.shape[1]))], 1)[:,None,:,None]
 
@@ -344,7 +349,7 @@ def _take(self:ActivationRecorder, x, row, rule, bn=None):
         at = dev,torch.float64 if x.dtype==torch.float64 else torch.float32
         if at not in self._bufs: self._bufs[at] = _Buffer(max(8, self.rows), self.sample or 4096, *at, self.hist*len(self.names), self.sample is None)
         b,meta = self._bufs[at],[row,bn,p]
-        if self.sample is None: b.done.append(('exact', [meta], _exact(x.cpu() if dev.type=='mps' else x, _axis(rule, x.ndim), b.room)))
+        if self.sample is None: b.done.append(('exact', [meta], _exact(x.cpu() if dev.type=='mps' else x, _axis(rule, x.ndim), b.room, any(o is not None for o in self.refs))))
         if p.idx is not None: b.add(x, meta)
     return meta
 

@@ -466,6 +466,28 @@ def test_exact_keeps_few_parts(shape):
         assert np.allclose(mean, y.mean(1), atol=1e-6) and np.allclose(sq/N, y.var(1), rtol=1e-5)
 
 
+@pytest.mark.parametrize('bn', [False, True])
+@pytest.mark.parametrize('case', ['centred', 'offset', 'far', 'channels', 'one far block', 'near .05', 'zeros'])
+def test_exact_is_exact_with_and_without_a_mean(case, bn):
+    edge = torch.tensor(R._near)
+    for shape, axis in [((16, 40, 32, 32), 1), ((6553, 40), 1), ((16, 12, 5, 7), 1), ((300_000,), None), ((8, 197, 192), 2)]:
+        for dtype in (torch.float32, torch.float64):
+            x = torch.randn(shape, dtype=dtype)
+            if case=='offset': x = x*3-4
+            if case=='far': x = x+300
+            if case=='channels' and axis: x = x*.01+torch.randn(shape[axis]).view([-1]+[1]*(len(shape)-axis-1))
+            if case=='one far block': x[-1:] -= 1000
+            if case=='near .05': x = torch.stack([edge, edge.nextafter(torch.tensor(1.)), -edge, torch.tensor(.04)])[torch.randint(4, shape)].to(dtype)
+            if case=='zeros': x = x*0
+            S = R._exact(x, axis, torch.empty(2**18, dtype=dtype), bn)
+            n, m, sq, lo, hi, near = S.double().numpy().reshape(6, -1)
+            y, mean = x.double().numpy(), (n*m).sum()/n.sum()
+            assert n.sum() == y.size and lo.min() == y.min() and hi.max() == y.max()
+            assert near.sum() == (np.abs(x.numpy()) <= x.numpy().dtype.type(R._near)).sum()
+            assert mean == pytest.approx(y.mean(), rel=2e-6, abs=2e-6)
+            assert math.sqrt((sq+n*(m-mean)**2).sum()/n.sum()) == pytest.approx(y.std(), rel=2e-6)
+
+
 @pytest.mark.parametrize('sample', [None, 4096])
 def test_one_item_is_no_evidence_of_death(sample):
     rec = recorded(nn.Linear(8, 8), *torch.randn(257, 1, 8), sample=sample)
