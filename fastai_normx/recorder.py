@@ -47,6 +47,8 @@ def _places(shape, stride, axis, size, gen=None, chans=None):
     return torch.cat([off, _draw(dims, size-C*K, 1, gen).flatten()]) if size>C*K else off,C,K
 
 # %% ../nbs/04a_recorder.ipynb #359f52bf
+def _is_cpu(dev): return dev.type=='cpu'
+
 _near = .05
 _near_sq = {torch.float32:float(np.float32(_near)**2), torch.float64:_near**2}    # the same values lie within it
 
@@ -68,7 +70,7 @@ def _parts(X, ax, D, centred=True):
 
 def _row_stats(X, D=None):
     "The same of all finite values in each row, float64"
-    if X.device.type=='cpu' and (S := _parts(X, 1, X.new_empty(0) if D is None else D)).sum().isfinite(): return S.double()
+    if _is_cpu(X.device) and (S := _parts(X, 1, X.new_empty(0) if D is None else D)).sum().isfinite(): return S.double()
     return torch.stack([*_moments(X)[:5], (X.abs()<=_near).sum(1).double()])
 
 # %% ../nbs/04a_recorder.ipynb #7d0c42ef
@@ -86,7 +88,7 @@ def _hist(X, mom, D=None, I=None):
         d,i = (o[:x.numel()].view_as(x) if o is not None and x.numel()<=len(o) else torch.empty_like(x, dtype=t) for o,t in ((D,x.dtype),(I,torch.int32)))
         i.copy_(torch.mul(x, w, out=d).sub_(f).clamp_(0, _bins-1))
         i += torch.arange(0, len(x)*_bins, _bins, dtype=torch.int32, device=x.device)[:,None]
-        cpu,N = x.device.type=='cpu',len(x)*_bins
+        cpu,N = _is_cpu(x.device),len(x)*_bins
         if not cpu or not ok.all(): i.masked_fill_(~x.isfinite(), N)
         c = torch.bincount(i.flatten(), minlength=N+1) if cpu else torch.zeros(N+1, device=x.device).index_add_(0, i.flatten(), torch.ones_like(x).flatten())
         cs.append(c[:-1].view(-1, _bins).double())
@@ -124,7 +126,7 @@ def _exact(x, axis, D, bn=True):
     "The same of all of `x`, in parts of its channels: `[6,parts,C,parts]`. Without `bn` a part's sum of squares need not be good beside its mean, only the layer's"
     if x.dtype not in (torch.float32,torch.float64): x = x.float()
     if axis is None: x,axis = x.reshape(1, 1, -1),1
-    if x.device.type=='cpu':
+    if _is_cpu(x.device):
         if not x.is_contiguous(): x,axis = x.movedim(axis, -1).contiguous(),x.ndim-1
         n,C,k = prod(x.shape[:axis]),x.shape[axis],prod(x.shape[axis+1:])       # `x` is [n,C,k] in memory
         r = gcd(n, 32//gcd(C*k, 32)) if C*k<2**12 else 1        # rows of 32 or a multiple are fast
@@ -155,7 +157,7 @@ class _Buffer:
         with torch.inference_mode(False):
             self.x = torch.empty(rows, size, device=device, dtype=dtype)
             self.rows = self.x.unbind(0)
-            self.room,self.some,self.ints = (self.x.new_empty(2**18 if device.type=='cpu' else 0, dtype=t) for t in (dtype,dtype,torch.int32))   # kept, since fresh memory is slow
+            self.room,self.some,self.ints = (self.x.new_empty(2**18 if _is_cpu(device) else 0, dtype=t) for t in (dtype,dtype,torch.int32))   # kept, since fresh memory is slow
 
     def add(self, x, meta):
         if len(self.meta)==len(self.rows): self.reduce()   # not before: a BatchNorm may have claimed the last row
@@ -282,6 +284,7 @@ class ActivationRecorder:
         self.rows = len(self.names)*(1+grads)                 # the second half are gradients
         self.calls = np.zeros(2*len(self.names), int)         # how often each was called
         self.looked,self.still,self.record,self.problems = Counter(),{},None,{}
+        self._feeds = None   # rows whose layers' outputs were seen to go into a BatchNorm, once that is known
         self._lock,self._on,self._draws,self._gen = threading.Lock(),ExitStack(),0,torch.Generator().manual_seed(0)
         self._bufs = {}
         self.free()
@@ -311,7 +314,7 @@ class ActivationRecorder:
     @property
     def _ready(self):
         "Has `collect` nothing to wait for?"
-        return not self.grads and all(dev.type=='cpu' for dev,_ in self._bufs)
+        return not self.grads and all(_is_cpu(dev) for dev,_ in self._bufs)
 
     def free(self):
         "Hooks off, and nothing kept but the last record"
@@ -349,7 +352,7 @@ def _take(self:ActivationRecorder, x, row, rule, bn=None):
         at = dev,torch.float64 if x.dtype==torch.float64 else torch.float32
         if at not in self._bufs: self._bufs[at] = _Buffer(max(8, self.rows), self.sample or 4096, *at, self.hist*len(self.names), self.sample is None)
         b,meta = self._bufs[at],[row,bn,p]
-        if self.sample is None: b.done.append(('exact', [meta], _exact(x.cpu() if dev.type=='mps' else x, _axis(rule, x.ndim), b.room, any(o is not None for o in self.refs))))
+        if self.sample is None: b.done.append(('exact', [meta], _exact(x.cpu() if dev.type=='mps' else x, _axis(rule, x.ndim), b.room, row is None or self._feeds is None or row in self._feeds)))
         if p.idx is not None: b.add(x, meta)
     return meta
 
@@ -470,13 +473,14 @@ def collect(self:ActivationRecorder):
 @patch
 def _assemble(self:ActivationRecorder, done):
     "One record from what was computed: several calls of a module are taken together"
-    calls,hists,dead,dists,nth = [],{},{},{},Counter()
+    calls,hists,dead,dists,nth,feeds = [],{},{},{},Counter(),set(self._feeds or ())
     for kind,ms,A in _as_rows(done):
         if kind=='mom': calls += [(m,a) for m,a in zip(ms, A.T) if m[0] is not None]
         elif kind=='hist': hists.update((id(m),a) for m,a in zip(ms, A))
         elif kind=='still': dead.update((m[0],np.fmax(dead.get(m[0], np.nan), self._dead_share(m[0], m[2].K, a>0))) for m,a in zip(ms, A) if m[0] is not None)
         else:
             ref = np.stack([r if p.chans is None else r[:,p.chans] for r,p in ((self.refs[bn],p) for _,bn,p in ms)])
+            feeds.update(m[0] for m in ms)
             for (_,bn,p),d in zip(ms, _bn_dist(A, ref)): dists.setdefault(bn, []).append((d,p.n))
     rounds,rec = [],_empty(self.rows, self.hist)
     for m,a in calls:
@@ -492,6 +496,7 @@ def _assemble(self:ActivationRecorder, done):
                 if (h := hists.get(id(m))) is not None: one[1][m[0]],one[2][m[0]] = h[2:],h[:2]
         if j: rec = _merge(rec, one)
     for i,d in dead.items(): rec[0][i,_dead] = d
+    self._feeds = feeds
     for i,d in dists.items(): rec[0][i,_bn] = np.average([a for a,_ in d], weights=[n for _,n in d])
     return rec
 

@@ -488,6 +488,22 @@ def test_exact_is_exact_with_and_without_a_mean(case, bn):
             assert math.sqrt((sq+n*(m-mean)**2).sum()/n.sum()) == pytest.approx(y.std(), rel=2e-6)
 
 
+def test_exact_knows_what_goes_into_a_batchnorm():
+    m = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3))
+    m[1].running_mean.fill_(.1)
+    with torch.no_grad(): m[0].bias[0] = 1000.   # a channel whose mean is far from zero
+    rec, x, got = ActivationRecorder(m.eval(), sample=None), torch.randn(32, 3, 16, 16), []
+    for _ in range(2):
+        with rec, torch.no_grad(): m(x)
+        got.append(rec.record[0])
+    assert rec._feeds == {0}
+    np.testing.assert_allclose(*got, rtol=2e-6)
+    y = m[0](x).detach().double().transpose(0, 1).flatten(1).numpy()
+    ref = R._bn_ref(m[1])
+    want = math.sqrt((((y.mean(1)-ref[0])**2 + (y.std(1)-ref[1])**2)/ref[2]**2).mean())
+    assert got[1][1, R._bn] == pytest.approx(want, rel=1e-5)
+
+
 @pytest.mark.parametrize('sample', [None, 4096])
 def test_one_item_is_no_evidence_of_death(sample):
     rec = recorded(nn.Linear(8, 8), *torch.randn(257, 1, 8), sample=sample)
@@ -1406,6 +1422,27 @@ def test_summary_rows():
 
 
 # ---- GPU
+
+@pytest.mark.parametrize('sample', [64, None])
+def test_what_other_devices_do_agrees_with_the_cpu(monkeypatch, sample):
+    m = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(600, 5))
+    for bn in (m[1], m[3]): bn.running_mean.fill_(.1)
+    x = torch.randn(16, 3, 14, 14)
+    def both(f):
+        with monkeypatch.context() as p:
+            p.setattr(R, '_is_cpu', lambda dev: False)
+            other = f()
+        return f(), other
+    for bad in (None, math.nan, math.inf):
+        if bad is not None: x[0, 0, 0, 0] = bad
+        for a, b in zip(*(r.record for r in both(lambda: recorded(m.eval(), x, sample=sample)))): np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    def fit():
+        set_seed(0)
+        learn = get_learner(cbs=ActivationLogger(sample=sample, grads=True))
+        learn.fit(1)
+        return learn.activation_logger.to_df().drop(columns=['layer', 'split']).astype(float)
+    np.testing.assert_allclose(*both(fit), rtol=1e-4, atol=1e-6)
+
 
 @cuda
 def test_cuda_agrees_with_cpu():
