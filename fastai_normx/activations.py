@@ -40,8 +40,10 @@ class _History:
             if self.at>=len(self)-1: self.at,self.width = 0,2*self.width
 
     def _join(self, i):
-        a,b = self.meta[i:i+2]
-        self.meta[i:i+2],self.recs[i:i+2] = [dict(a, batches=a['batches']+b['batches'])],[_small(_merge(*self.recs[i:i+2]))]
+        meta,rec = _both(*zip(self.meta[i:i+2], self.recs[i:i+2]))
+        self.meta[i:i+2],self.recs[i:i+2] = [meta],[_small(rec)]
+
+def _both(a, b): return dict(a[0], batches=a[0]['batches']+b[0]['batches']),_merge(a[1], b[1])    # of `(meta, record)`
 
 def _small(rec): return (rec[0],) + tuple(o.clip(max=np.iinfo(t).max).astype(t) for o,t in zip(rec[1:], (np.uint32,np.int32)))
 
@@ -65,8 +67,10 @@ class _Parquet(_Sink):
     def __init__(self, to):
         super().__init__(to)
         self.dfs = []
-        if to.is_dir() and (more := [o.name for o in to.iterdir() if not re.fullmatch(r'_?part-\d{5}(\.parquet)?', o.name)]): raise ValueError(
-            f'`to`: the folder {to} holds other files ({_first_of(more, 3)}), which would be read as part of the log: name a folder of its own.')
+        self._others()
+    def _others(self):
+        if self.to.is_dir() and (more := [o.name for o in self.to.iterdir() if not re.fullmatch(r'_?part-\d{5}(\.parquet)?', o.name)]): raise ValueError(
+            f'`to`: the folder {self.to} holds other files ({_first_of(more, 3)}), which would be read as part of the log: name a folder of its own.')
     def __call__(self, df, names, rec, step):
         self.dfs.append(df)
         if len(self.dfs)>=64: self.flush()
@@ -75,6 +79,7 @@ class _Parquet(_Sink):
         import pandas as pd
         self.to.mkdir(parents=True, exist_ok=True)
         if not self.n:
+            self._others()    # that came meanwhile
             for f in self.to.iterdir(): f.unlink()    # of an earlier log
         (dfs,self.dfs),tmp = (self.dfs,[]),self.to/f'_part-{self.n:05}'
         pd.concat(dfs).to_parquet(tmp, index=False)
@@ -106,14 +111,14 @@ class _Wandb(_Sink):
 
 class _Merged(_Sink):
     "Hands on to `to`, the log of one of fastai's callbacks, ten training batches taken together, and all of a validation"
-    meta = None
+    got = None    # `(meta, record)`
     def add(self, now, rec, write):
-        if self.meta and self.meta['split']!=now['split']: self.pour(write)
-        self.meta,self.rec = (now,rec) if self.meta is None else (dict(self.meta, batches=self.meta['batches']+1),_merge(self.rec, rec))
-        if now['split']=='train' and self.meta['batches']>=10: self.pour(write)
+        if self.got and self.got[0]['split']!=now['split']: self.pour(write)
+        self.got = _both(self.got, (now,rec)) if self.got else (now,rec)
+        if now['split']=='train' and self.got[0]['batches']>=10: self.pour(write)
     def pour(self, write):
-        if self.meta: write(self.to, self.meta, self.rec)
-        self.meta = None
+        if self.got: write(self.to, *self.got)
+        self.got = None
     def flush(self): self.to.flush()
 
 # %% ../nbs/04_activations.ipynb #a92e8200
@@ -202,9 +207,7 @@ def after_fit(self:ActivationLogger):
     "Leave nothing behind"
     if self._open: self._nested = False; return
     if self._guarded is not None: self._left = [_bn_ref(m) for m in self._rec.layers.values()]
-    self._guarded = self._now = None
-    _peel(self.learn)
-    if self._rec is not None: self._rec.free()
+    self._let_go(self.learn)
     for o in self._outs: self._try(o, o.flush)
 
 def _peel(learn):
@@ -219,7 +222,7 @@ def _learner(f): return _learner(f.args[0]) if isinstance(f, partial) else getat
 @patch
 def _guard(self:ActivationLogger, inner, f, event_type, ex, final=lambda: None):
     "`Learner._with_events`, and what has to be done however it ends"
-    if self.learn is None: self._let_go(inner)    # taken off the learner before it could clean up
+    if self.learn is None: self._let_go(_learner(inner))    # taken off the learner before it could clean up
     if self._guarded is None or event_type not in ('epoch','train','validate','batch'): return inner(f, event_type, ex, final)
     was,failed,mine = self._open,True,self._now is None
     self._open = was + (event_type,)
@@ -227,14 +230,14 @@ def _guard(self:ActivationLogger, inner, f, event_type, ex, final=lambda: None):
     except _cancel: failed = False; raise
     finally:
         self._open = was
-        if self._guarded is None or self.learn is None: self._let_go(inner)    # reset, or taken off, meanwhile
+        if self._guarded is None or self.learn is None: self._let_go(_learner(inner))    # reset, or taken off, meanwhile
         elif event_type=='batch': mine and self._finish(failed)
         else: self._end(event_type, failed)
 
 @patch
-def _let_go(self:ActivationLogger, inner):
+def _let_go(self:ActivationLogger, learn):
     self._guarded = self._now = None
-    _peel(_learner(inner))
+    _peel(learn)
     if self._rec is not None: self._rec.free()
 
 @patch
@@ -298,8 +301,6 @@ def _keep(self:ActivationLogger, now, rec):
             if all(o.to is not l.to.to for l in self._logs): self._write(o, now, rec)
         for o in self._logs: o.add(now, rec, self._write)
     if self.alerts: self._alert(now, rec)
-
-def _both(a, b): return dict(a[0], batches=a[0]['batches']+b[0]['batches']),_merge(a[1], b[1])
 
 def _unscaled(rec, n, s):
     "`rec` with the gradients as they are without the loss scale `s` of mixed precision"
@@ -407,10 +408,14 @@ def _index(self:ActivationLogger, i):
     raise IndexError(f'There is no layer {i}: {len(names)} are recorded, 0 to {len(names)-1}.')
 
 @patch
+def _history(self:ActivationLogger, split):
+    if split in self._hist: return self._hist[split]
+    raise ValueError(f"`split` is 'train' or 'valid'; received {split!r}.")
+
+@patch
 def _values(self:ActivationLogger, split):
     "Columns `[records,layers]`, and the number of the training batch at each record"
-    if split not in self._hist: raise ValueError(f"`split` is 'train' or 'valid'; received {split!r}.")
-    h,n = self._hist[split],len(self._names())
+    h,n = self._history(split),len(self._names())
     V = np.stack([r[0] for r in h.recs]) if len(h) else np.empty((0,n,9))
     return _columns(V[:,:n]),_columns(V[:,n:]),np.array([m['step'] for m in h.meta])
 
@@ -443,7 +448,7 @@ def hist_data(self:ActivationLogger,
     split:str='train' # Or 'valid'
 ):
     "Counts `[bins,records]` of layer `i` on common bins, and the bins' edges"
-    i,h = self._index(i),self._hist[split].recs if split in self._hist else self._values(split)
+    i,h = self._index(i),self._history(split).recs
     if not self.hists or not h: raise ValueError(f'No histograms are recorded ({split}): use `ActivationLogger(hist=True)`' + (' and `valid=True`.' if split=='valid' else '.'))
     hs = [(r[1][i:i+1].astype(np.int64),r[2][i:i+1]) for r in h]
     if not any(c.any() for c,_ in hs): raise ValueError(f'{self._title(i)} has no finite values ({split})' + (', since it never ran: its weights may be used by another module, whose name `layers` takes.' if not self._rec.calls[i] else '.'))

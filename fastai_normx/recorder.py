@@ -48,6 +48,7 @@ def _places(shape, stride, axis, size, gen=None, chans=None):
 
 # %% ../nbs/04a_recorder.ipynb #359f52bf
 def _is_cpu(dev): return dev.type=='cpu'
+def _room(D, x, **kw): return torch.empty_like(x, **kw) if D is None or x.numel()>len(D) else D[:x.numel()].view(x.shape)    # in kept memory `D` if that is large enough
 
 _near = .05
 _near_sq = {torch.float32:float(np.float32(_near)**2), torch.float64:_near**2}    # the same values lie within it
@@ -58,7 +59,7 @@ def _parts(X, ax, D, centred=True):
     blocks = X.split(step)
     S = X.new_full((6, len(X) if ax else len(blocks)*X.shape[1]), X.shape[1] if ax else min(step, len(X)))
     for R,o in zip(blocks, S.split(step if ax else X.shape[1], 1)):
-        d = D[:R.numel()].view_as(R) if R.numel()<=len(D) else torch.empty_like(R)
+        d = _room(D, R)
         _,m,sq,lo,hi,near = o.unsqueeze(1+ax)
         torch.mean(R, ax, keepdim=True, out=m)
         torch.sum(torch.sub(R, m, out=d).square_() if centred else torch.mul(R, R, out=d), ax, keepdim=True, out=sq)
@@ -70,7 +71,7 @@ def _parts(X, ax, D, centred=True):
 
 def _row_stats(X, D=None):
     "The same of all finite values in each row, float64"
-    if _is_cpu(X.device) and (S := _parts(X, 1, X.new_empty(0) if D is None else D)).sum().isfinite(): return S.double()
+    if _is_cpu(X.device) and (S := _parts(X, 1, D)).sum().isfinite(): return S.double()
     return torch.stack([*_moments(X)[:5], (X.abs()<=_near).sum(1).double()])
 
 # %% ../nbs/04a_recorder.ipynb #7d0c42ef
@@ -85,7 +86,7 @@ def _hist(X, mom, D=None, I=None):
     first = (lo*torch.exp2(-e)).floor()
     cs,step = [],max(1, len(D)//X.shape[1]) if D is not None and len(D) else len(X)
     for x,w,f,ok in zip(*(o.split(step) for o in (X, torch.exp2(-e).to(X.dtype)[:,None], first.to(X.dtype)[:,None], n==X.shape[1]))):
-        d,i = (o[:x.numel()].view_as(x) if o is not None and x.numel()<=len(o) else torch.empty_like(x, dtype=t) for o,t in ((D,x.dtype),(I,torch.int32)))
+        d,i = _room(D, x),_room(I, x, dtype=torch.int32)
         i.copy_(torch.mul(x, w, out=d).sub_(f).clamp_(0, _bins-1))
         i += torch.arange(0, len(x)*_bins, _bins, dtype=torch.int32, device=x.device)[:,None]
         cpu,N = _is_cpu(x.device),len(x)*_bins
@@ -106,8 +107,7 @@ def _halves(X, D=None):
     k = X.shape[1]//2
     H = X[:,:2*k].unflatten(1, (k,2))
     m = H.mean(1)
-    d = D[:H.numel()].view_as(H) if D is not None and H.numel()<=len(D) else torch.empty_like(H)
-    s = (torch.sub(H, m[:,None], out=d).square_().sum(1)/(k-1)).sqrt()*(1+1/(4*(k-1))) if k>1 else m*np.nan
+    s = (torch.sub(H, m[:,None], out=_room(D, H)).square_().sum(1)/(k-1)).sqrt()*(1+1/(4*(k-1))) if k>1 else m*np.nan
     return torch.stack([m,s], 2)
 
 def _bn_dist(halves, ref):
@@ -170,14 +170,12 @@ class _Buffer:
     def _groups(self, key):
         "`meta` of the rows with the same `key`, and the rows"
         groups,x = {},self.x.cpu() if self.x.device.type=='mps' else self.x   # which has no float64
-        step = len(self.some)//x.shape[1]
         for r,m in enumerate(self.meta): groups.setdefault(key(m), []).append(r)
         for k,rows in groups.items():
-            if rows[-1]-rows[0]<len(rows): yield k,[self.meta[r] for r in rows],x[rows[0]:rows[-1]+1]
-            else:
-                for part in (rows[i:i+(step or len(rows))] for i in range(0, len(rows), step or len(rows))):
-                    out = self.some[:len(part)*x.shape[1]].view(len(part), -1) if step else None
-                    yield k,[self.meta[r] for r in part],torch.index_select(x, 0, torch.tensor(part, device=x.device), out=out)
+            if rows[-1]-rows[0]<len(rows): yield k,[self.meta[r] for r in rows],x[rows[0]:rows[-1]+1]; continue
+            step = len(self.some)//x.shape[1] or len(rows)
+            for part in (rows[i:i+step] for i in range(0, len(rows), step)):
+                yield k,[self.meta[r] for r in part],torch.index_select(x, 0, torch.tensor(part, device=x.device), out=_room(self.some, x[:len(part)]))
 
     def reduce(self):
         "Compute everything about the rows so far, for all of them at once"
@@ -473,14 +471,15 @@ def collect(self:ActivationRecorder):
 @patch
 def _assemble(self:ActivationRecorder, done):
     "One record from what was computed: several calls of a module are taken together"
-    calls,hists,dead,dists,nth,feeds = [],{},{},{},Counter(),set(self._feeds or ())
+    calls,hists,dead,dists,nth = [],{},{},{},Counter()
+    self._feeds = self._feeds or set()
     for kind,ms,A in _as_rows(done):
         if kind=='mom': calls += [(m,a) for m,a in zip(ms, A.T) if m[0] is not None]
         elif kind=='hist': hists.update((id(m),a) for m,a in zip(ms, A))
         elif kind=='still': dead.update((m[0],np.fmax(dead.get(m[0], np.nan), self._dead_share(m[0], m[2].K, a>0))) for m,a in zip(ms, A) if m[0] is not None)
         else:
             ref = np.stack([r if p.chans is None else r[:,p.chans] for r,p in ((self.refs[bn],p) for _,bn,p in ms)])
-            feeds.update(m[0] for m in ms)
+            self._feeds.update(m[0] for m in ms)
             for (_,bn,p),d in zip(ms, _bn_dist(A, ref)): dists.setdefault(bn, []).append((d,p.n))
     rounds,rec = [],_empty(self.rows, self.hist)
     for m,a in calls:
@@ -496,7 +495,6 @@ def _assemble(self:ActivationRecorder, done):
                 if (h := hists.get(id(m))) is not None: one[1][m[0]],one[2][m[0]] = h[2:],h[:2]
         if j: rec = _merge(rec, one)
     for i,d in dead.items(): rec[0][i,_dead] = d
-    self._feeds = feeds
     for i,d in dists.items(): rec[0][i,_bn] = np.average([a for a,_ in d], weights=[n for _,n in d])
     return rec
 

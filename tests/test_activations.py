@@ -451,7 +451,7 @@ def test_computes_before_the_step_frees_its_memory(monkeypatch, grads):
         def before_backward(self): seen.append('backward')
     learn = get_learner(cbs=[ActivationLogger(grads=grads), Log()])
     learn.fit(1)
-    assert [o for o in seen][:2] == (['backward', 'collect'] if grads else ['collect', 'backward'])
+    assert seen[:2] == (['backward', 'collect'] if grads else ['collect', 'backward'])
     assert seen.count('collect') == len(learn.dls.train)+len(learn.dls.valid)
 
 
@@ -1077,81 +1077,74 @@ def test_replicas_in_threads():
     assert list(ActivationRecorder(nn.DataParallel(m)).names) == rec.names
 
 
-def _worker(rank, port, q):
-    import os
+def _ranked(work, rank, port, q):
+    import datetime, os
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    torch.distributed.init_process_group('gloo', rank=rank, world_size=2)
-    try:
-        torch.manual_seed(0)
-        m = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
-        x = torch.randn(16, 3, 4, 4)
-        ds = list(zip(x[rank::2], torch.arange(8) % 2))
-        dls = DataLoaders(DataLoader(ds, bs=8), DataLoader(ds, bs=8))
-        learn = Learner(dls, nn.parallel.DistributedDataParallel(m), loss_func=nn.CrossEntropyLoss(), cbs=ActivationLogger(sample=None))
-        learn.logger = lambda *a: None
-        with torch.no_grad(): want = numpy_stats(m(x).numpy())
-        with learn.no_bar(): learn.fit(1)
-        r = learn.activation_logger.to_df().iloc[0]
-        q.put((rank, r['layer'], int(r['count']), {k: float(r[k]) for k in stats}, want))
-    finally: torch.distributed.destroy_process_group()
-
-
-def test_distributed_merges_over_ranks():
-    import socket
-    import torch.multiprocessing as mp
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    ctx = mp.get_context('spawn')
-    q = ctx.Queue()
-    ps = [ctx.Process(target=_worker, args=(r, port, q)) for r in range(2)]
-    for p in ps: p.start()
-    res = [q.get(timeout=120) for _ in ps]
-    for p in ps: p.join()
-    for rank, layer, n, got, want in res:
-        assert layer == '1' and n == 32 and got == pytest.approx(want, rel=1e-5)
-
-
-def _uneven(rank, port, q):
-    "Validation batches that differ between processes, a rank that validates alone, and batches that a callback cuts short"
-    import os
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    import datetime
     torch.distributed.init_process_group('gloo', rank=rank, world_size=2, timeout=datetime.timedelta(seconds=30))
     try:
         torch.manual_seed(0)
-        m = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
-        ds = list(zip(torch.randn(16, 3, 4, 4), torch.arange(16) % 2))
-        dls = DataLoaders(DataLoader(ds[rank::2], bs=4), DataLoader(ds[:16] if rank == 0 else ds[:8], bs=8))
-        class Short(Callback):
-            def after_pred(self):
-                if self.training and self.iter == 1: raise CancelTrainException()
-        class Alone(Callback):
-            done = False
-            def after_epoch(self):
-                if rank == 0 and not self.done: self.done = True; self.learn.validate()
-        learn = Learner(dls, m, loss_func=nn.CrossEntropyLoss(), cbs=[ActivationLogger(sample=None), Short(), Alone()])
-        learn.logger = lambda *a: None
-        with learn.no_bar(): learn.fit(2)
-        df = learn.activation_logger.to_df()
-        q.put((rank, df[df.split == 'train']['count'].tolist(), df[df.split == 'valid']['count'].tolist()))
-        if rank == 0:
-            with learn.no_bar(): learn.validate()
+        q.put((rank, work(rank)))
     finally: torch.distributed.destroy_process_group()
 
 
-def test_uneven_processes_do_not_wait_for_each_other():
+def in_two_processes(work):
+    "What `work(rank)` returns in each of two processes of a distributed run"
     import socket
     import torch.multiprocessing as mp
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     ctx = mp.get_context('spawn')
     q = ctx.Queue()
-    ps = [ctx.Process(target=_uneven, args=(r, port, q)) for r in range(2)]
+    ps = [ctx.Process(target=_ranked, args=(work, r, port, q)) for r in range(2)]
     for p in ps: p.start()
-    res = dict((r, o) for r, *o in (q.get(timeout=120) for _ in ps))
+    res = dict(q.get(timeout=120) for _ in ps)
     for p in ps: p.join(60); assert p.exitcode == 0
-    assert res[0][0] == res[1][0] == [16]*4                                # training: both processes, the batch that was cut short too
-    assert res[0][1].count(48) == 2 and res[1][1] == [48]*2               # validation: 16 + 8 images, once an epoch; alone, rank 0's own
+    return [res[0], res[1]]
+
+
+def _even(rank):
+    m = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+    x = torch.randn(16, 3, 4, 4)
+    ds = list(zip(x[rank::2], torch.arange(8) % 2))
+    dls = DataLoaders(DataLoader(ds, bs=8), DataLoader(ds, bs=8))
+    learn = Learner(dls, nn.parallel.DistributedDataParallel(m), loss_func=nn.CrossEntropyLoss(), cbs=ActivationLogger(sample=None))
+    learn.logger = lambda *a: None
+    with torch.no_grad(): want = numpy_stats(m(x).numpy())
+    with learn.no_bar(): learn.fit(1)
+    r = learn.activation_logger.to_df().iloc[0]
+    return r['layer'], int(r['count']), {k: float(r[k]) for k in stats}, want
+
+
+def test_distributed_merges_over_ranks():
+    for layer, n, got, want in in_two_processes(_even):
+        assert layer == '1' and n == 32 and got == pytest.approx(want, rel=1e-5)
+
+
+def _uneven(rank):
+    "Validation batches that differ between processes, a rank that validates alone, and batches that a callback cuts short"
+    m = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+    ds = list(zip(torch.randn(16, 3, 4, 4), torch.arange(16) % 2))
+    dls = DataLoaders(DataLoader(ds[rank::2], bs=4), DataLoader(ds[:16] if rank == 0 else ds[:8], bs=8))
+    class Short(Callback):
+        def after_pred(self):
+            if self.training and self.iter == 1: raise CancelTrainException()
+    class Alone(Callback):
+        done = False
+        def after_epoch(self):
+            if rank == 0 and not self.done: self.done = True; self.learn.validate()
+    learn = Learner(dls, m, loss_func=nn.CrossEntropyLoss(), cbs=[ActivationLogger(sample=None), Short(), Alone()])
+    learn.logger = lambda *a: None
+    with learn.no_bar(): learn.fit(2)
+    df = learn.activation_logger.to_df()
+    if rank == 0:
+        with learn.no_bar(): learn.validate()
+    return [df[df.split == o]['count'].tolist() for o in ('train', 'valid')]
+
+
+def test_uneven_processes_do_not_wait_for_each_other():
+    (train0, valid0), (train1, valid1) = in_two_processes(_uneven)
+    assert train0 == train1 == [16]*4                             # both processes, the batch that was cut short too
+    assert valid0.count(48) == 2 and valid1 == [48]*2             # 16 + 8 images, once an epoch; alone, rank 0's own
 
 
 # ---- memory
@@ -1534,6 +1527,14 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
     pd.DataFrame(dict(a=[1])).to_parquet(f/'part-mine.parquet')
     with pytest.raises(ValueError, match='holds other files .part-mine.parquet.'): ActivationLogger(to=f)
     assert (f/'part-mine.parquet').exists()
+
+
+def test_files_that_came_later_stay(tmp_path):
+    pytest.importorskip('pyarrow')
+    learn, f = get_learner(cbs=ActivationLogger(to=tmp_path/'log.parquet')), tmp_path/'log.parquet/mine.txt'
+    f.parent.mkdir(); f.write_text('mine')
+    with pytest.warns(ActivationLoggerWarning, match='holds other files .mine.txt.'): learn.fit(1)
+    assert f.read_text() == 'mine' and len(learn.activation_logger.to_df())
 
 
 def test_sync_batchnorm_is_the_same_layer():
