@@ -37,7 +37,8 @@ from torchvision.transforms import v2 as T
 
 from fastai.vision.all import CategoryBlock, DataBlock, DataLoaders, ImageBlock, IndexSplitter, Normalize, TensorImage, Transform, aug_transforms, get_image_files
 from fastai_normx.all import expected_stats, stats_match
-from fastai_normx.expected import ExpectedStatsWarning, _compose
+from fastai_normx.constants import Affine
+from fastai_normx.expected import ExpectedStatsWarning
 from machine import cpu_name
 
 families = {'ImageNet': 'resnet18', '0.5/0.5': 'tf_efficientnet_lite0', 'CLIP': 'vit_base_patch32_clip_224.openai', '0/1': 'fastvit_mci0.apple_mclip', 'DPN': 'dpn68', 'satellite': 'vit_large_patch16_dinov3.sat493m'}
@@ -229,7 +230,7 @@ def severity(folder, p):
     d = (px[:, 0].float().mean((1, 2))-px[:, 2].float().mean((1, 2)))/255
     colour = dict(mean=d.mean().item(), std=d.std().item())
     cases = dict(expected=E, ImageNet=I, CLIP=C, own=own, none=plain, DPN=expected_stats(families['DPN']), satellite=expected_stats(families['satellite']),
-        **{'expected twice': _compose(E, E), 'ImageNet twice': _compose(I, I), 'expected, then ImageNet': _compose(E, I), 'ImageNet, then expected': _compose(I, E)},
+        **{'expected twice': E.then(E), 'ImageNet twice': I.then(I), 'expected, then ImageNet': E.then(I), 'ImageNet, then expected': I.then(E)},
         **{f'{k} on 0-255': scale(c, 1/255) for k, c in (('expected', E), ('ImageNet', I), ('none', plain))}, **{f'{k}, /255 twice': scale(c, 255) for k, c in (('expected', E), ('ImageNet', I), ('none', plain))},
         **{'ImageNet in BGR': scale((I.mean[::-1], I.std[::-1]), 1), 'half the std': (E.mean, (.25,)*3), 'twice the std': (E.mean, (1.,)*3), 'mean 0.3': ((.3,)*3, E.std), 'mean 0.7': ((.7,)*3, E.std), 'mean 0.3, 0.5, 0.7': ((.3, .5, .7), E.std)})
     @torch.no_grad()

@@ -33,7 +33,8 @@ from torch import nn
 from torchvision import transforms as T
 
 from fastai_normx.cli import _lite0_weights, _photos, _tiles
-from fastai_normx.expected import _clip, _compose, expected_stats
+from fastai_normx.constants import Affine, families
+from fastai_normx.expected import expected_stats
 from fastai_normx.recorder import ActivationRecorder
 from fastai_normx.stats import ChannelStats
 from machine import cpu_name
@@ -68,8 +69,8 @@ def matched(stats, ref):
 def constants(x):
     "`{pipeline: (mean, std)}` for pixels in [0,1]; `x`: the data's uint8 images"
     e = tuple(expected_stats(ARCH))
-    return {'expected 0.5 / 0.5': e, "ImageNet's": IMAGENET, "CLIP's": _clip, "the data's own": own(x), 'none, [0,1]': NONE,
-            'normalized twice': _compose(e, e), '0-255': BYTES, '/255 twice, then normalized': tuple(tuple(255*v for v in o) for o in e)}
+    return {'expected 0.5 / 0.5': e, "ImageNet's": IMAGENET, "CLIP's": tuple(families['CLIP']), "the data's own": own(x), 'none, [0,1]': NONE,
+            'normalized twice': tuple(Affine(*e).then(Affine(*e))), '0-255': BYTES, '/255 twice, then normalized': tuple(tuple(255*v for v in o) for o in e)}
 
 def norm(x, mean, std):
     "float32 `(x/255-mean)/std` of uint8 images"

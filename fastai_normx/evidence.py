@@ -22,8 +22,9 @@ from fastai.data.load import DataLoader
 from fastai.data.transforms import IntToFloatTensor,Normalize
 from fastai.torch_core import TensorImage
 from .stats import ChannelStats,_is_file,_is_pixels,_leaves
-from .expected import NormStats,_compose,_grey,_resolve,expected_stats
-from .infer import _known,infer_normalization
+from .constants import Affine,families,grey,plain
+from .expected import NormStats,_resolve,expected_stats
+from .infer import infer_normalization
 from .normalize import _events
 
 # %% ../nbs/03b_evidence.ipynb #cbf3a56a
@@ -114,14 +115,14 @@ def _same(a, b, tol=.01):
 
 def _for_n(c, n):
     "Constants of the three colours for `n` channels"
-    if n==1: return tuple(map(_grey, c))
+    if n==1: return tuple(map(grey, c))
     return tuple(tuple(o[i%3] for i in range(n)) for o in c)
 
 def _cases(E):
     "`(kind, what happened, (mean, std))` of what can have been done to the pixels instead of normalizing with `E`"
     n = E.n_in
     base = {'the expected constants':tuple(E)} | {f"{k}'s constants" if k[0].isupper() else f'the constants {k}' if '/' in k else f'{k} constants':_for_n(c, n)
-                                                   for k,c in _known.items() if 'pixels' not in k}
+                                                   for k,c in families.items() if 'pixels' not in k}
     base = {k:c for k,c in base.items() if k=='the expected constants' or not _same(c, E)}
     plain,flip = ((0.,)*n, (1.,)*n),lambda c: tuple(o[::-1] for o in c)
     scale = lambda c,f: tuple(tuple(v*f for v in o) for o in c)
@@ -133,7 +134,7 @@ def _cases(E):
         if not _same(c, E): yield 'wrong_stats',k,c
         yield 'wrong_range',f'{k} on pixels in 0-255',scale(c, 1/255)
         yield 'wrong_range',f'{k} on pixels divided by 255 twice',scale(c, 255)
-    for (k,c),(l,d) in product(base.items(), base.items()): yield 'normalized_twice',f'both times with {k}' if k==l else f'with {k}, then with {l}',_compose(c, d)
+    for (k,c),(l,d) in product(base.items(), base.items()): yield 'normalized_twice',f'both times with {k}' if k==l else f'with {k}, then with {l}',Affine(*c).then(Affine(*d))
 
 # %% ../nbs/03b_evidence.ipynb #259feed7
 def _dataset(dl):
@@ -161,7 +162,7 @@ def _pipeline(dl, n):
         if not isinstance(t, Normalize): continue
         c = tuple(expected_stats(t))
         if len(c[0]) not in (1,n): return
-        res = _compose(res, [o*n if len(o)==1 else o for o in c])
+        res = tuple(Affine(*res).then(Affine(*c)))
     return res
 
 def _surely_rgb(dl):
@@ -188,7 +189,7 @@ class _Applied:
 def _on_lattice(c, i):
     "Can the constants `c` have made the lattice of `i`, an `InferredStats` or None? Its std divides theirs then"
     if not i or min(i.on_lattice)<.9: return True
-    k = np.array(c[1])/np.array(i.std)
+    k = np.array(tuple(c)[1])/np.array(i.std)
     return bool((np.isnan(k)|((abs(k-np.rint(k))<.01*k)&(k>.9))).all())
 
 def _applied(view, E, pipe=None):

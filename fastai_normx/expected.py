@@ -19,6 +19,7 @@ from types import FunctionType
 
 from fastcore.basics import ifnone,patch
 from torch import nn
+from .constants import Affine,families,grey,imagenet_pixels,short
 
 # %% ../nbs/01_expected.ipynb #91e401a3
 class ExpectedStatsWarning(UserWarning): "The constants are usable, but something about them deserves a look"
@@ -34,11 +35,9 @@ def _floats(o, name):
     if bad := [p for p in res if not math.isfinite(p)]: raise ValueError(f'`{name}` has {bad[0]}, received {res}: give finite numbers')
     return res
 
-def _short(o): return '(' + ', '.join(f'{p:.4g}' for p in o) + ')'
-
 # %% ../nbs/01_expected.ipynb #b4ace6f6
 @dataclasses.dataclass(frozen=True)
-class NormStats:
+class NormStats(Affine):
     "The constants a model's input is normalized with, `(x-mean)/std`, and where they come from"
     mean:tuple # One float per channel, for pixels scaled to [0,1]
     std:tuple # One float per channel, same scale, greater than 0
@@ -57,10 +56,7 @@ class NormStats:
         if any(s<=0 for s in self.std): raise ValueError(
             f'`std` divides the pixels, so it must be greater than 0: received {self.std}. For a channel that never changes use 1.')
 
-    @property
-    def n_in(self): "Number of channels"; return len(self.mean)
-    def __iter__(self): return iter((self.mean, self.std))
-    def __repr__(self): return f'NormStats(mean={_short(self.mean)}, std={_short(self.std)}, source={self.source!r})'
+    def __repr__(self): return f'NormStats(mean={short(self.mean)}, std={short(self.std)}, source={self.source!r})'
     def to_dict(self): "Plain data, ready for JSON"; return {k:list(v) if isinstance(v, tuple) else v for k,v in dataclasses.asdict(self).items()}
 
 # %% ../nbs/01_expected.ipynb #0ec9fcdc
@@ -89,9 +85,9 @@ def _(source:NormStats): return source
 def _in_range(s): return 0<=min(s.mean) and max(s.mean)<=1
 
 def _warn_range(s):
-    hint = (f' These look like constants for pixels in 0-255: for [0,1] divide by 255, mean {_short([m/255 for m in s.mean])} '
-            f'and std {_short([o/255 for o in s.std])}.') if max(s.mean)>1 else ''
-    _warn(f'mean {_short(s.mean)}, std {_short(s.std)}: pixels scaled to [0,1] have a mean in [0,1] and a std of at most 0.5.{hint} '
+    hint = (f' These look like constants for pixels in 0-255: for [0,1] divide by 255, mean {short([m/255 for m in s.mean])} '
+            f'and std {short([o/255 for o in s.std])}.') if max(s.mean)>1 else ''
+    _warn(f'mean {short(s.mean)}, std {short(s.std)}: pixels scaled to [0,1] have a mean in [0,1] and a std of at most 0.5.{hint} '
           'Used as given: this is right only if the model was trained so.')
 
 # %% ../nbs/01_expected.ipynb #a6a45244
@@ -111,14 +107,12 @@ def _import(name, extra, why):
     try: return import_module(name)
     except ImportError as e: raise ImportError(f"{why} needs {name}, which is not installed: pip install 'fastai_normx[{extra}]'") from e
 
-_imagenet_ref = (.485,.456,.406), (.272,.264,.276)
 _is_bgr = lambda mean: tuple(round(m, 3) for m in mean)==(.406,.456,.485)
-_clip = (.48145466,.4578275,.40821073), (.26862954,.26130258,.27577711)
 
 def _ref(tag):
     "Mean and std of the raw pixels behind the weights called `tag`, or nothing where that is not known"
-    if re.search(r'in1k|in12k|in2[12]k|imagenet', tag or '', re.I): return _imagenet_ref
-    return _clip if re.search('openai|laion', tag or '') else (None,None)
+    if re.search(r'in1k|in12k|in2[12]k|imagenet', tag or '', re.I): return imagenet_pixels
+    return tuple(families['CLIP']) if re.search('openai|laion', tag or '') else (None,None)
 
 # %% ../nbs/01_expected.ipynb #275b71fd
 def _timm_stats(cfg, name):
@@ -175,8 +169,8 @@ def _report_conflict(s, arch):
     if arch not in M.list_models() or not tm.is_model_pretrained(f'{arch}.tv_in1k'): return s
     cfg,t = tm.get_pretrained_cfg(f'{arch}.tv_in1k'),M.get_model_weights(arch).IMAGENET1K_V1.transforms()
     if (tuple(cfg.mean),tuple(cfg.std))==(tuple(t.mean),tuple(t.std)): return s
-    msg = (f"timm and torchvision disagree about the same {arch} weights: timm says {_short(cfg.mean)} / {_short(cfg.std)}, torchvision "
-           f"{_short(t.mean)} / {_short(t.std)}, which its model converts inside (`transform_input=True`). This answer is for {s.source.split(':')[0]}'s model.")
+    msg = (f"timm and torchvision disagree about the same {arch} weights: timm says {short(cfg.mean)} / {short(cfg.std)}, torchvision "
+           f"{short(t.mean)} / {short(t.std)}, which its model converts inside (`transform_input=True`). This answer is for {s.source.split(':')[0]}'s model.")
     _warn(msg)
     return dataclasses.replace(s, notes=s.notes+(msg,))
 
@@ -233,11 +227,6 @@ def _leaves(t):
 
 def _has_stats(t): return hasattr(t, 'mean') and hasattr(t, 'std')
 
-def _compose(a, b):
-    "The one normalization `(mean, std)` that does `a`, then `b`"
-    (m1,s1),(m2,s2) = a,b
-    return [m+s*n for m,s,n in zip(m1,s1,m2)],[s*t for s,t in zip(s1,s2)]
-
 def _makes_float(t):
     "Whether transform `t` makes pixels float (True) or 8-bit (False); None: neither"
     kind = type(t).__name__
@@ -256,7 +245,7 @@ def _from_transform(t):
         if to_float is not None: is_float = to_float
         if not _has_stats(l): continue
         mean,std = (_floats(getattr(l, k), k) for k in ('mean','std'))
-        res = _compose(res, (mean,std)) if res else ([m/scale for m in mean],[s/scale for s in std])
+        res = res.then(Affine(mean, std)) if res else Affine(mean, std).scaled(scale)
     if not res: raise ValueError(f'There is no Normalize in {t}: nothing here states a mean and a std')
     return NormStats(*res, f"{_lib('torchvision')}: {type(t).__name__}")
 
@@ -269,7 +258,7 @@ def _(source:FunctionType):
         if source.__name__ in M.list_models(): return _from_weights(M.get_model_weights(source).DEFAULT)
     if mod=='timm' and (s := _timm_name(source.__name__)): return s
     from fastai.vision.learner import model_meta
-    if 'stats' in (meta := model_meta.get(source, {})): return NormStats(*meta['stats'], f"{_lib('fastai')}: {source.__name__}", *_imagenet_ref)
+    if 'stats' in (meta := model_meta.get(source, {})): return NormStats(*meta['stats'], f"{_lib('fastai')}: {source.__name__}", *imagenet_pixels)
     raise ValueError(f'No library states the constants of {source.__module__}.{source.__name__}: it is neither a torchvision builder, nor a timm model, '
                      "nor in fastai's `model_meta`. Pass the constants it was trained with: `(mean, std)`.")
 
@@ -348,8 +337,6 @@ def _hub_reachable(hub):
     hub.utils.get_session().head(hub.constants.ENDPOINT, timeout=10)
 
 # %% ../nbs/01_expected.ipynb #f8fc5b7f
-_bt601 = .299,.587,.114
-
 def _channels(source):
     "Input channels of a model, or of a Learner's, by its first convolution; None for any other source"
     m = getattr(source, 'model', source)
@@ -357,8 +344,6 @@ def _channels(source):
     m = next((o for o in m.modules() if getattr(o, 'pretrained_cfg', None)), m)
     c = next((c.in_channels for c in m.modules() if isinstance(c, (nn.Conv2d,nn.Conv3d))), None)
     return c if c and c<16 else None  # a first convolution on 48 or 64 channels follows a rearrangement of pixels (TResNet, CSATv2)
-
-def _grey(v): return v and (sum(w*o for w,o in zip(_bt601, v)),)
 
 def _with_n_in(s, n_in, extra=None):
     "`s` for images of `n_in` channels"
@@ -372,7 +357,7 @@ def _with_n_in(s, n_in, extra=None):
         k = e.n_in-(n_in-s.n_in)
         return NormStats(s.mean+e.mean[k:], s.std+e.std[k:], f'{s.source} + {n_in-s.n_in} from {e.source}', notes=s.notes+e.notes)
     if n_in==s.n_in: return s
-    if n_in==1 and s.n_in==3: return dataclasses.replace(s, **{k:_grey(getattr(s, k)) for k in ('mean','std','ref_mean','ref_std')},
+    if n_in==1 and s.n_in==3: return dataclasses.replace(s, **{k:grey(getattr(s, k)) for k in ('mean','std','ref_mean','ref_std')},
         notes=s.notes+('n_in=1: the BT.601 grey of the three channels',))
     raise ValueError(f'{s.source} states {s.n_in} channels, so for n_in={n_in} ' + (
         f'the other {n_in-s.n_in} must come from you: `extra=(mean, std)` with {n_in-s.n_in} values each, or `extra=Normalize.from_data(dls)`.'
@@ -415,13 +400,13 @@ def _from_hf(d, where):
     if mean is None or std is None: raise ValueError(
         f'{where} normalizes (`do_normalize`) but states no `image_mean` and `image_std`; its keys: {", ".join(d)}. Pass `(mean, std)`.')
     mean,std = (_floats(o, k)*(1 if hasattr(o, '__iter__') else 3) for o,k in ((mean,'image_mean'),(std,'image_std')))
-    if d.get('include_top'): mean,std = _compose((mean,std), ([0]*len(mean),std))  # EfficientNet's processor divides by std once more
+    if d.get('include_top'): mean,std = Affine(mean, std).then(Affine((0,), std))  # EfficientNet's processor divides by std once more
     if f==1 and max(mean)<=1 and d.get('do_normalize', True): _warn(
-        f'{where} has `do_rescale` off and a mean of {_short(mean)}: applied to 8-bit images as it stands, it hardly shifts pixels in 0-255. '
-        f'Used as stated. If its images were scaled to [0,1] beforehand, pass `({_short(mean)}, {_short(std)})` instead.')
+        f'{where} has `do_rescale` off and a mean of {short(mean)}: applied to 8-bit images as it stands, it hardly shifts pixels in 0-255. '
+        f'Used as stated. If its images were scaled to [0,1] beforehand, pass `({short(mean)}, {short(std)})` instead.')
     if d.get('do_flip_channel_order') or _is_bgr(mean):
         notes += ('this model expects BGR, so reverse the channels after Normalize: `x[:, [2,1,0]]`',)
-        _warn(f'{where}: ' + ('the processor turns RGB into BGR' if d.get('do_flip_channel_order') else f"{_short(mean)} is ImageNet's mean in reverse order") + f'. Perhaps {notes[-1]}. Constants alone cannot say.')
+        _warn(f'{where}: ' + ('the processor turns RGB into BGR' if d.get('do_flip_channel_order') else f"{short(mean)} is ImageNet's mean in reverse order") + f'. Perhaps {notes[-1]}. Constants alone cannot say.')
     s = NormStats([(m+off)/(255*f) for m in mean], [s/(255*f) for s in std], f'{where}: {kind}' if kind else where, notes=notes)
     if not _in_range(s): _warn_range(s)
     return s
@@ -469,7 +454,7 @@ def _from_folder(p):
     if not found: raise ValueError(f'No config in the folder {str(p)!r} states a normalization. Looked for {", ".join(_config_files)}.' + ''.join(f'\n- {t}' for t in tried))
     (first,s),*others = found.items()
     for f,o in others:
-        if tuple(o)!=tuple(s): _warn(f'{p.name}/{first} says {_short(s.mean)} / {_short(s.std)}, {f} beside it says {_short(o.mean)} / {_short(o.std)}. Used {first}.')
+        if tuple(o)!=tuple(s): _warn(f'{p.name}/{first} says {short(s.mean)} / {short(s.std)}, {f} beside it says {short(o.mean)} / {short(o.std)}. Used {first}.')
     return s
 
 # %% ../nbs/01_expected.ipynb #26c1a6db

@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
-from .expected import _clip,_compose,_grey,_short
+from .constants import chains,families,grey,plain,short
 
 # %% ../nbs/03a_infer.ipynb #4f4bfe78
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class InferredStats:
     on_lattice:tuple # Share of each channel's values that lie on its lattice
 
     def __iter__(self): return iter((self.mean, self.std))
-    def __repr__(self): return f'InferredStats(mean={_short(self.mean)}, std={_short(self.std)}, confidence={self.confidence:.2f}, source={self.source!r})'
+    def __repr__(self): return f'InferredStats(mean={short(self.mean)}, std={short(self.std)}, confidence={self.confidence:.2f}, source={self.source!r})'
 
 # %% ../nbs/03a_infer.ipynb #b7ad4182
 def _end(x, f):
@@ -156,20 +156,15 @@ def _lattice(v, lo, hi):
             f = few[abs(u[few])<=t*top]
             if len(f)>1 and (hy := _steps(u[f], ulp[f], noise, tol)): return _refine(u, cnt, ulp, f, *hy, noise, tol)
 
-# %% ../nbs/03a_infer.ipynb #26f2fe7a
-_known = {'pixels in [0,1]':((0,)*3, (1,)*3), '0.5/0.5':((.5,)*3, (.5,)*3), 'ImageNet':((.485,.456,.406), (.229,.224,.225)),
-    'CLIP':_clip, 'DPN':((124/255,117/255,104/255), (1/(.0167*255),)*3),
-    'satellite':((.43,.411,.296), (.213,.156,.143))}
-
 # %% ../nbs/03a_infer.ipynb #0082a5e7
 def _variants():
-    "`{name: (means, stds)}` of the known constants for RGB, on wrong scales, and one after the other"
-    res = dict(_known)
-    for f,how in ((1/255,'on pixels in 0-255'),(255,'divided by 255 twice')):
-        res |= {f'{k}, {how}':tuple(tuple(v*f for v in o) for o in ms) for k,ms in _known.items()}
-    res['pixels in 0-255'] = res.pop('pixels in [0,1], on pixels in 0-255')
-    pairs = [k for k in _known if 'pixels' not in k]
-    return res | {f'{k}, then {l}':_compose(_known[k], _known[l]) for k in pairs for l in pairs}
+    "`{name: Affine}` of the known constants for RGB, on wrong scales, and one after the other"
+    scale = {1:'', 255:', on pixels in 0-255', 1/255:', divided by 255 twice'}
+    res = {}
+    for c in chains(families):
+        name = ', then '.join(c.names) or 'pixels in [0,1]'
+        res['pixels in 0-255' if not c.names and c.factor==255 else name+scale[c.factor]] = c.map
+    return res
 
 # %% ../nbs/03a_infer.ipynb #323a7f11
 def _orders(name, n, same):
@@ -184,7 +179,7 @@ def _families(n):
     for k,(m,s) in _variants().items():
         same = len(set(m))==len(set(s))==1
         for name,p in _orders(k, n, same): res.setdefault(tuple(tuple(round(o[c], 12) for c in p) for o in (m,s)), name)
-        if n==1 and not same: res.setdefault((_grey(m),_grey(s)), f'{k} (grey)')
+        if n==1 and not same: res.setdefault((grey(m),grey(s)), f'{k} (grey)')
     return res
 
 # %% ../nbs/03a_infer.ipynb #77b0fc9c

@@ -24,7 +24,8 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import no_random,rank_distrib
 from .stats import ChannelStats,_files,_is_file,_say,_source
-from .expected import NormStats,_short,_warn
+from .constants import short
+from .expected import NormStats,_warn
 from .normalize import _has_pipeline
 from .infer import infer_normalization
 from .evidence import _View,_applied_all,_blue,_cases,_expect,_fit,_harm,_impact,_model_says_swapped,_pick,_pipeline,_same,_surely_rgb
@@ -53,7 +54,7 @@ def _who(E):
     lib,_,name = E.source.partition(': ')
     return f'{name} ({lib})' if name else E.source
 
-def _pair(c): return f'mean {_short(c.mean)}, std {_short(c.std)}'
+def _pair(c): return f'mean {short(c.mean)}, std {short(c.std)}'
 
 def _lead(kind, what, A, inside):
     "The sentence that says what is wrong"
@@ -90,14 +91,14 @@ class _Where:
         once = f'normalize once, pixels in [0,1], with {_pair(E)}'
         if not any(E.mean): return 'leave out the normalization before the model: it takes pixels in [0,1]'
         if self.dls and A and max(A.stats.std)<.02: return f'let `IntToFloatTensor` in batch_tfms divide the pixels by 255, then `{self.dls}.normalize_for({self.source})`'
-        if not self.dls or A and not A.in_pipeline and _same(A.stats, ((0.,)*len(E.mean), (1.,)*len(E.mean))): return f'{once}: `transforms.Normalize({_short(E.mean)}, {_short(E.std)})` after `transforms.ToTensor()`'
+        if not self.dls or A and not A.in_pipeline and _same(A.stats, ((0.,)*len(E.mean), (1.,)*len(E.mean))): return f'{once}: `transforms.Normalize({short(E.mean)}, {short(E.std)})` after `transforms.ToTensor()`'
         return f'the dataset, another transform or a callback changes the images, not only the `Normalize` of this pipeline: take that out, then `{self.dls}.normalize_for({self.source})`'
 
 # %% ../nbs/03_match.ipynb #b6f09866
 def _code_of(expected, E):
     "What to write in code for the backbone `expected`, whose constants are `E`; None: the learner itself"
     if expected is None: return 'learn'
-    return repr(expected) if isinstance(expected, str) else f'({_short(E.mean)}, {_short(E.std)})'
+    return repr(expected) if isinstance(expected, str) else f'({short(E.mean)}, {short(E.std)})'
 
 # %% ../nbs/03_match.ipynb #ad46ea1b
 def _look_odd(v, E):
@@ -112,7 +113,7 @@ def _look_odd(v, E):
     if bad: res.append(Finding('non_finite', 'error', f'{bad} of {bad+int(n.count.sum())} values that reach the model are NaN or infinite ({len(v)} images): every output that sees them is NaN.',
                                'look at the transforms that divide or take a logarithm, and at the files behind these images: `torch.isfinite(x).all()`', 1.))
     if still.any() and len(v)>1: res.append(Finding('constant_channel', 'error' if still.all() else 'warning',
-        f'Channel {", ".join(map(str, still.nonzero().flatten().tolist()))} holds one single value in all {len(v)} images: {_short(n.min[still].tolist())}.',
+        f'Channel {", ".join(map(str, still.nonzero().flatten().tolist()))} holds one single value in all {len(v)} images: {short(n.min[still].tolist())}.',
         'look at how the images are loaded: a band that is missing is often filled with zeros', .3))
     return res
 
@@ -122,8 +123,8 @@ def _beyond(v, E):
     if _fit(v, *E).near>=.95: return
     could = {k:w for k,w,c in _cases(E) if (f := _fit(v, *c)).fills and f.ends}
     kind = 'wrong_range' if _fit(v, *E).span>10 else next(iter(could)) if len(could)==1 else 'wrong_stats'
-    lo,hi = (_short([(e-m)/s for m,s in zip(*E)]) for e in (0,1))
-    return Finding(kind, 'error', f'The values do not fit: they go from {_short(v.stats.min.tolist())} to {_short(v.stats.max.tolist())}, and pixels in [0,1] that are normalized with what '
+    lo,hi = (short([(e-m)/s for m,s in zip(*E)]) for e in (0,1))
+    return Finding(kind, 'error', f'The values do not fit: they go from {short(v.stats.min.tolist())} to {short(v.stats.max.tolist())}, and pixels in [0,1] that are normalized with what '
         f'{_who(E)} expects go from {lo} to {hi}. ' + (f'It could be: {"; ".join(could.values())}.' if could else 'No known constants explain them; strong noise, or pixels that are not 8-bit, might.'),
         f'show the model pixels in [0,1], normalized once with {_pair(E)}', .5)
 
@@ -150,8 +151,8 @@ def _look_shift(v, E, model):
     has_bn = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) if isinstance(model, nn.Module) else None
     adapt = {None:'BatchNorm that trains adapts to it, LayerNorm and frozen BatchNorm do not', True:'its BatchNorm adapts to it while it trains (`train_bn=True`, fastai\'s default)',
              False:'it has no BatchNorm that could adapt, so give training more time'}[has_bn]
-    return Finding('domain_shift', 'note', f'The constants are right, and the images differ from those of pretraining: mean {_short(raw.mean.tolist())} against {_short(E.ref_mean)}, '
-        f'std {_short(raw.std.tolist())} against {_short(E.ref_std)}, {len(v)} images.', f'nothing in the pipeline. Keep the constants of the backbone; {adapt}')
+    return Finding('domain_shift', 'note', f'The constants are right, and the images differ from those of pretraining: mean {short(raw.mean.tolist())} against {short(E.ref_mean)}, '
+        f'std {short(raw.std.tolist())} against {short(E.ref_std)}, {len(v)} images.', f'nothing in the pipeline. Keep the constants of the backbone; {adapt}')
 def _look_content(views, E, model):
     "A finding about the images themselves, once they are known to be normalized as expected, or None"
     both = _View()

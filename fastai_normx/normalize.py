@@ -19,8 +19,9 @@ from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.torch_core import TensorImage
+from .constants import imagenet_pixels
 from .stats import data_stats
-from .expected import NormStats,expected_stats,_compose,_converts_input,_imagenet_ref,_lib,_resolve,_warn
+from .expected import NormStats,expected_stats,_converts_input,_lib,_resolve,_warn
 
 # %% ../nbs/02_normalize.ipynb #2052f5cc
 def _with_stats(cls, s, dim, ndim, cuda):
@@ -127,7 +128,7 @@ def _(source:DataLoaders):
         ss = [expected_stats(t) for t in getattr(getattr(dl, 'after_batch', None), 'fs', []) if isinstance(t, Normalize)]
         if not ss: raise ValueError('This DataLoaders applies no Normalize, so it states no constants. To add the right ones: `dls.normalize_for(arch)`.')
         s = ss[0]
-        for o in ss[1:]: s = NormStats(*_compose(s, o), f'{s.source}, then {o.source}', notes=(f'{len(ss)} Normalize in a row, composed into one',))
+        for o in ss[1:]: s = NormStats(*s.then(o), f'{s.source}, then {o.source}', notes=(f'{len(ss)} Normalize in a row, composed into one',))
         found.append(s)
     if any(tuple(s)!=tuple(found[0]) for s in found): raise ValueError(
         f'The loaders of this DataLoaders normalize differently: {"; ".join(map(repr, found))}. To make them equal: `dls.normalize_for(arch)`.')
@@ -145,7 +146,7 @@ def _(source:Learner):
         if arch is None: raise
     else: return s if hasattr(source, 'pretrained') else dataclasses.replace(s, notes=s.notes+('the model may hold random weights: this Learner does not say',))
     if _converts_input(_tv_name(arch)) and not any(getattr(m, 'transform_input', False) for m in source.model.modules()): return NormStats(
-        [.5]*3, [.5]*3, f"{_lib('torchvision')}: {M.get_model_weights(arch).DEFAULT}, its body", *_imagenet_ref, notes=('the body was cut from a model that converts its input to 0.5 / 0.5',))
+        [.5]*3, [.5]*3, f"{_lib('torchvision')}: {M.get_model_weights(arch).DEFAULT}, its body", *imagenet_pixels, notes=('the body was cut from a model that converts its input to 0.5 / 0.5',))
     s = expected_stats(arch)
     return dataclasses.replace(s, notes=s.notes+_other_weights(arch))
 

@@ -15,6 +15,7 @@ from torchvision import models as M, transforms as T
 from torchvision.transforms import v2
 
 import fastai_normx.expected as E
+from fastai_normx.constants import families
 from fastai_normx.expected import ExpectedStatsWarning, NormStats, expected_stats
 
 imagenet = (.485, .456, .406), (.229, .224, .225)
@@ -210,7 +211,7 @@ def test_processors_act_as_stated(name, kw, form, tmp_path):
 
 def test_a_config_may_lean_on_its_class(monkeypatch):
     pytest.importorskip('transformers')
-    assert expected_stats(dict(image_processor_type='CLIPImageProcessor')).mean == E._clip[0]
+    assert expected_stats(dict(image_processor_type='CLIPImageProcessor')).mean == families['CLIP'].mean
     old = dict(feature_extractor_type='ViTFeatureExtractor', do_normalize=True, image_mean=[.1, .2, .3], image_std=[.4, .4, .4])
     assert np.allclose(tuple(expected_stats(old)), ((.1, .2, .3), (.4, .4, .4)))
     with pytest.raises(ValueError, match='does not accept this config|does not have'): expected_stats(dict(image_processor_type='TimmWrapperImageProcessor'))

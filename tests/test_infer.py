@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-from fastai_normx.infer import InferredStats, _families, _known, _variants, infer_normalization
+from fastai_normx.constants import families, plain
+from fastai_normx.infer import InferredStats, _families, _variants, infer_normalization
 
 vec = lambda v, dt=torch.float64: torch.tensor(v, dtype=dt).view(1, -1, 1, 1)
 
@@ -56,9 +57,10 @@ def digits():
     return torch.tensor((load_digits().images*255/16).round()).to(torch.uint8)[:256, None].expand(-1, 3, -1, -1)
 
 
+known = {'pixels in [0,1]': plain, **families}
 sets = {f.__name__: f() for f in (photos, faces, grey, digits)}
 X = sets['photos']
-imagenet = _known['ImageNet']
+imagenet = tuple(known['ImageNet'])
 XN = norm(X/255, *imagenet)
 
 
@@ -70,8 +72,8 @@ def test_every_variant_on_every_set(images, name):
     if ', divided by 255 twice' in name: y, first = x/255/255, name.partition(',')[0]
     elif 'pixels in 0-255' in name: y, first = x.float(), name.partition(',')[0]
     else: y = x/255
-    if first in _known: y = norm(y, *_known[first])
-    if then: y = norm(y, *_known[then])
+    if first in known: y = norm(y, *known[first])
+    if then: y = norm(y, *known[then])
     if images == 'digits' and 'twice' in name and infer_normalization(y) is None: return  # 17 levels, and steps of a few hundred floats
     assert right(y, *_variants()[name]).source == name
 
@@ -155,7 +157,7 @@ def test_mixtures():
     half[:2] = soft[:2]; rows[:, :, :90] = soft[:, :, :90]
     erased = XN.clone(); erased[:, :, 60:150, 30:120] = torch.randn(5, 3, 90, 90)
     for y in (half, border, rows, erased): assert right(y, *imagenet).source == 'ImageNet'
-    unsure(torch.cat([XN, norm(X/255, *_known['CLIP'])]), .5)
+    unsure(torch.cat([XN, norm(X/255, *known['CLIP'])]), .5)
     unsure(torch.cat([XN, X/255]), .5)
 
 
@@ -213,7 +215,7 @@ def test_never_black_or_white():
 def test_few_colours(levels):
     g = torch.Generator().manual_seed(2)
     x = torch.tensor(levels)[torch.randint(len(levels), (4, 3, 16, 16), generator=g)]
-    for m, s in _known.values():
+    for m, s in known.values():
         r = infer_normalization(norm(x/255, m, s))
         assert r is None or close(r, m, s) or r.confidence < .8, (r, m, s)
     if levels == (0, 255): assert infer_normalization(norm(x/255, *imagenet)).confidence < .5  # 0 and 1 on pixels in 0-255 look the same
@@ -260,7 +262,7 @@ def test_grey_constants_for_one_channel():
 
 def test_known_constants_are_what_timm_uses():
     import timm
-    have = {(tuple(round(v, 9) for v in m), tuple(round(v, 9) for v in s)) for m, s in _known.values()}
+    have = {(tuple(round(v, 9) for v in m), tuple(round(v, 9) for v in s)) for m, s in known.values()}
     for n in timm.list_models(pretrained=True):
         c = timm.get_pretrained_cfg(n)
         assert (tuple(round(v, 9) for v in c.mean), tuple(round(v, 9) for v in c.std)) in have, n
