@@ -80,7 +80,7 @@ def normx_check(
             return 2
     notes = [str(w.message) for w in ws if issubclass(w.category, (ExpectedStatsWarning,DataStatsWarning))]
     print(dumps(_report_dict(r)|dict(notes=notes), indent=1) if json else '\n'.join([str(r), *(f'note: {n}' for n in notes)]))
-    return int(r.outcome=='mismatch')
+    return {'ok':0, 'mismatch':1, 'cannot tell':2}[r.outcome]
 
 # %% ../nbs/05_cli.ipynb #70e9f331
 _photos = dict(astronaut='astronaut', chelsea='cat', coffee='coffee', rocket='rocket', retina='retina', immunohistochemistry='tissue',
@@ -145,7 +145,8 @@ def normx_demo(
     from contextlib import nullcontext
     from fastai.vision.all import imagenet_stats,set_seed
     from fastai_normx.activations import ActivationLogger
-    from fastai_normx.match import StatsMatch,_pair
+    from fastai_normx.constants import constants_text
+    from fastai_normx.match import StatsMatch
     path = Path(path).expanduser()
     path.mkdir(parents=True, exist_ok=True)
     def save(name): plt.savefig(path/name, bbox_inches='tight', dpi=110); plt.close('all')
@@ -160,7 +161,7 @@ def normx_demo(
     with nullcontext() if sys.stdout.isatty() else learn.no_bar(): learn.fine_tune(epochs, 3e-3)
     log,seen = learn.activation_logger,learn.stats_match_cb.report
     learn.remove_cbs([log, learn.stats_match_cb])
-    print(f'Input:     {seen.outcome}, says StatsMatch after {len(seen.observed)} images: {_pair(seen.applied)}')
+    print(f'Input:     {seen.outcome}, says StatsMatch after {len(seen.observed)} images: {constants_text(seen.applied)}')
     print(f'Layers:    {log.to_df().layer.nunique()}, logged every batch by ActivationLogger')
     log.plot(relative=True); save('layers.png')
     with learn.no_bar(): acc = learn.validate()[1]

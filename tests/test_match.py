@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
@@ -12,9 +13,10 @@ from torch.utils.data import DataLoader as TorchDL, TensorDataset
 from torchvision import models as M, transforms as T
 
 from fastai.vision.all import (Callback, CutMix, DataLoaders, GradientAccumulation, Learner, MixUp, Normalize, TensorImage, aug_transforms, imagenet_stats,
-                               load_learner, set_seed, unet_learner, vision_learner)
+                               load_learner, set_seed, unet_learner, vision_learner, xresnet18)
 from fastai_normx.all import ChannelStats, MatchReport, StatsMatch, StatsMatchWarning, expected_stats, stats_match
-from fastai_normx.evidence import _cases, _harm, _same
+from fastai_normx.constants import Affine
+from fastai_normx.harm import harm
 from fastai_normx.stats import DataStatsWarning
 
 I, H = imagenet_stats, ((.5,)*3, (.5,)*3)
@@ -67,8 +69,8 @@ def test_any_constants_on_photographs(c, E):
         warnings.simplefilter('ignore')
         E = expected_stats(E)
     r = stats_match(norm(tiles(24)/255, *c), E, warn=False)
-    if _same(c, E, .0199): assert r.outcome == 'ok'
-    elif not _same(c, E, .0201): assert r.outcome != 'ok', r
+    if Affine(*c).same(E, .0199): assert r.outcome == 'ok'
+    elif not Affine(*c).same(E, .0201): assert r.outcome != 'ok', r
 
 
 @pytest.mark.parametrize('E', ['resnet18', 'tf_efficientnet_lite0', 'vit_base_patch32_clip_224.openai', 'dpn68', 'fastvit_mci0.apple_mclip'])
@@ -80,20 +82,12 @@ def test_right_is_never_a_mismatch(E, dtype):
         assert r.outcome != 'mismatch' and all(f.severity == 'note' for f in r.findings)
 
 
-def test_cases_are_told_apart():
-    for E in ('resnet18', 'tf_efficientnet_lite0', 'dpn68'):
-        E = expected_stats(E)
-        for k, what, c in _cases(E):
-            r = stats_match(norm(tiles(64)/255, *c), E, warn=False)
-            assert r.outcome == 'mismatch' and r.kind == next(k for k, _, o in _cases(E) if _same(o, c)), (what, str(r))
-
-
 def test_harm_is_a_share_and_grows():
     E = expected_stats('resnet18')
-    shares = [_harm(E, (E.mean, [s*f for s in E.std])) for f in (1, .8, .5, .2, .01)]
+    shares = [harm(E, (E.mean, [s*f for s in E.std])) for f in (1, .8, .5, .2, .01)]
     assert shares == sorted(shares) and shares[0] == 0 and shares[-1] < 1
     grey = expected_stats('resnet18', n_in=1)
-    assert 0 < _harm(grey, ((0.,), (1.,))) < 1
+    assert 0 < harm(grey, ((0.,), (1.,))) < 1
 
 
 def test_more_and_fewer_channels():
@@ -122,7 +116,9 @@ def test_warning_names_everything_and_points_here():
     with pytest.warns(StatsMatchWarning) as ws: stats_match(loader(tiles()/255), 'resnet18')
     w, = [w for w in ws if issubclass(w.category, StatsMatchWarning)]
     assert w.filename == __file__
-    for part in ('not normalized', 'resnet18.a1_in1k (timm', 'mean (0.485, 0.456, 0.406)', 'read off the values (confidence 0.9', '% of its accuracy', 'transforms.Normalize((0.485'): assert part in str(w.message)
+    for part in ('not normalized', 'resnet18.a1_in1k', "ImageNet's constants", 'points of accuracy', 'transforms.Normalize((0.485'): assert part in str(w.message)
+    with pytest.warns(StatsMatchWarning): details = stats_match(loader(tiles()/255), 'resnet18').findings[0].details
+    for part in ('resnet18.a1_in1k (timm', 'mean (0.485, 0.456, 0.406)', 'read off the values (confidence 0.9'): assert part in details
 
 
 def test_report_as_text_html_frame_and_plot():
@@ -228,7 +224,8 @@ def test_half_the_input_is_normalized_by_a_callback(learner):
     class Twice(Callback):
         def before_batch(self): self.learn.xb = (norm(self.xb[0], *I),)
     learn = learner(Normalize.from_stats(*I), cbs=[Twice(), StatsMatch()])
-    assert [s[:42] for s in fit(learn)] == ['The images are normalized twice: both time']
+    said, = fit(learn)
+    assert said.startswith('The images are normalized twice, both times with ImageNet') and '`Twice` changes the images before the model: take that out' in said
     assert learn.stats_match(warn=False).kind == 'normalized_twice'
     with pytest.raises(ValueError, match='no pipeline that `fix` could mend'): learn.stats_match(warn=False).fix()
 
@@ -243,19 +240,77 @@ def test_split_mismatch_is_found_in_training(learner):
 
 def test_trouble_inside_is_said_once(learner, monkeypatch):
     import fastai_normx.match as match
-    monkeypatch.setattr(match, '_report', lambda *a, **k: 1/0)
+    monkeypatch.setattr(match, 'judge', lambda *a, **k: 1/0)
     learn = learner(Normalize.from_stats(*I))
     cb = StatsMatch()
     said = fit(learn, 2, cbs=cb) + fit(learn, cbs=cb)
     assert len(said) == 1 and 'ZeroDivisionError' in said[0] and 'training goes on' in said[0]
 
 
-def test_random_weights_expect_nothing(photo_dls):
+def printed(learn, capsys, **kw):
+    "The warnings and the printed sentences of a fit"
+    capsys.readouterr()
+    with learn.no_bar(), warnings.catch_warnings(record=True) as ws:
+        warnings.simplefilter('always')
+        learn.fit(1, 1e-4, **kw)
+    return ours(ws), [l for l in capsys.readouterr().out.splitlines() if 'StatsMatch' in l]
+
+
+def test_random_weights_expect_nothing(photo_dls, capsys):
     learn = vision_learner(photo_dls(), M.resnet18, pretrained=False)
-    said = fit(learn, cbs=StatsMatch())
-    assert len(said) == 1 and 'pretrained=False' in said[0]
-    said = fit(learn, cbs=StatsMatch(I))
-    assert len(said) == 1 and 'not normalized' in said[0]
+    said, notes = printed(learn, capsys, cbs=StatsMatch())
+    assert not said and len(notes) == 1 and 'pretrained=False' in notes[0] and 'Normalize.from_data(dls)' in notes[0]
+    said, notes = printed(learn, capsys, cbs=StatsMatch(I))
+    assert len(said) == 1 and 'not normalized' in said[0] and not notes
+    with pytest.raises(ValueError, match='pretrained=False: random weights expect no constants'): learn.stats_match()
+
+
+@pytest.mark.parametrize('make', [lambda: timm.create_model('resnet18', num_classes=2), lambda: timm.create_model('convnext_atto', num_classes=2), lambda: xresnet18(n_out=2)],
+                         ids=['timm BatchNorm', 'timm LayerNorm', 'xresnet'])
+def test_random_weights_of_a_plain_learner(photo_dls, capsys, make):
+    "`timm.create_model` without `pretrained=True` still carries the config of the pretrained weights"
+    learn = Learner(photo_dls(), make(), loss_func=nn.CrossEntropyLoss(), cbs=StatsMatch())
+    said, notes = printed(learn, capsys)
+    assert not said and len(notes) == 1 and 'as they were initialized' in notes[0]
+    assert printed(learn, capsys)[1] == []
+    with pytest.raises(ValueError, match='random weights expect no constants'): Learner(photo_dls(), make(), loss_func=nn.CrossEntropyLoss()).stats_match()
+
+
+def test_no_images_no_alarm(capsys):
+    x = torch.randn(32, 5)
+    learn = Learner(DataLoaders(loader(x), loader(x)), nn.Linear(5, 2), loss_func=nn.CrossEntropyLoss(), cbs=StatsMatch())
+    said, notes = printed(learn, capsys)
+    assert not said and len(notes) == 1 and 'no batch of images among the inputs of Linear' in notes[0]
+
+
+def test_what_cannot_be_told_is_said_once_a_fit(capsys):
+    x = torch.nn.functional.interpolate(tiles()/255*.5+.2, size=48, mode='bilinear')
+    learn = Learner(DataLoaders(loader(norm(x, *I)), loader(norm(x, *I))), nn.Sequential(nn.Flatten(), nn.Linear(3*48*48, 2)), loss_func=nn.CrossEntropyLoss())
+    said, notes = printed(learn, capsys, cbs=StatsMatch('resnet18'))
+    assert not said and len(notes) == 1 and notes[0].startswith('StatsMatch cannot tell') and 'would tell' in notes[0]
+    with learn.no_logging(): assert printed(learn, capsys, cbs=StatsMatch('resnet18')) == ([], [])
+
+
+def test_two_callbacks_say_it_once(learner):
+    learn = learner(cbs=StatsMatch(I))
+    assert len(fit(learn, cbs=[StatsMatch(I)])) == 1
+
+
+def test_a_certain_fault_is_told_before_the_first_step(learner):
+    class First(Callback):
+        def before_step(self): raise KeyboardInterrupt
+    learn = learner(bs=16)
+    with pytest.raises(KeyboardInterrupt), pytest.warns(StatsMatchWarning, match='not normalized'), learn.no_bar(): learn.fit(1, cbs=[StatsMatch(I), First()])
+
+
+@pytest.mark.parametrize('bs', [4, 32])
+def test_one_brightness_for_a_batch_is_no_fault(photo_dls, bs):
+    "The constants read off such a batch include the factor"
+    class Dim(Callback):
+        def before_batch(self): self.learn.xb = (self.xb[0]*float(np.random.default_rng(self.iter).uniform(.7, 1)),)
+    x = norm(tiles(128)/255, *I)
+    learn = Learner(DataLoaders(loader(x, bs), loader(x, bs)), nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 2)), loss_func=nn.CrossEntropyLoss(), cbs=[Dim(), StatsMatch('resnet18')])
+    assert fit(learn) == []
 
 
 def test_inputs_that_are_no_images():
@@ -335,11 +390,11 @@ def test_compiled_model(learner):
 def test_images_named_in_a_data_frame(tmp_path):
     import pandas as pd
     from fastai.vision.all import ImageDataLoaders
-    from fastai_normx.evidence import _surely_rgb
+    from fastai_normx.pipeline import surely_rgb
     for i, t in enumerate(tiles(24)): Image.fromarray(t.permute(1, 2, 0).numpy()).save(tmp_path/f'{i}.png')
     df = pd.DataFrame(dict(name=[f'{i}.png' for i in range(24)], label=['a', 'b']*12))
     dls = ImageDataLoaders.from_df(df, tmp_path, bs=8, num_workers=0, batch_tfms=[Normalize.from_stats(*I)])
-    assert _surely_rgb(dls.train) and dls.stats_match('resnet18').ok
+    assert surely_rgb(dls.train) and dls.stats_match('resnet18').ok
     assert dls.stats_match('tf_efficientnet_lite0', warn=False).fix() is dls and dls.stats_match('tf_efficientnet_lite0').ok
 
 
@@ -382,12 +437,6 @@ def test_one_set_does_not_clear_what_both_showed(learner):
     dl = learn.dls.valid
     dl.after_batch.fs = dl.after_batch.fs.filter(lambda t: not isinstance(t, Normalize))
     assert fit(learn) and not fit(learn)
-
-
-def test_what_to_compare_with_is_asked_for(photo_dls):
-    learn = vision_learner(photo_dls(), M.resnet18, pretrained=False)
-    said, = fit(learn, cbs=StatsMatch())
-    assert '`StatsMatch(expected)`' in said
 
 
 @pytest.mark.parametrize('n', [0, -1, 2.5, 'x'])
