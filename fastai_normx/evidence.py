@@ -39,6 +39,9 @@ class Evidence:
     rivals:tuple=() # Explanations that fit equally well, as text
     clipped:bool=False # Were values cut off at 0 and 1 after they were normalized?
 
+    @property
+    def spoiled(self): "Was something done to the values that no constants can do?"; return self.clipped or self.view.one_by_one
+
 # %% ../nbs/03e_evidence.ipynb #03e71e11
 def from_values(view, expected)->Applied:
     "What the values say, if they are certain"
@@ -109,7 +112,7 @@ def examine(
     if view.odd: return res
     res.applied = from_values(view, expected) or _from_pipeline(view, said)
     res.clipped = is_clipped(view, expected, res.applied)
-    if res.clipped: res.applied = None
+    if res.spoiled: res.applied = None
     elif not res.applied: res.applied,res.rivals = by_ends(view, expected)
     return res
 
@@ -127,7 +130,7 @@ def examine_all(sets, expected):
     res = {name:examine(view, said, expected) for name,(view,said) in sets.items()}
     certain = [e for e in res.values() if e.applied and e.applied.certain]
     for e in res.values():
-        if e.applied and e.applied.how=='values' or e.clipped and e.applied: continue
+        if e.applied and e.applied.how=='values' or e.view.one_by_one: continue
         like = next((o for o in certain if o is not e and (not e.applied or not _agree(e.applied.map, o.applied.map)) and _could_be(e, o)), None)
         if like: e.applied,e.rivals,e.clipped = like.applied,(),False
     return res

@@ -23,10 +23,14 @@ def _has_weights(m, n):
     "Does `m` itself hold weights, more than a number for each of `n` channels?"
     return isinstance(m, _norms) or any(p is not None and p.numel() not in (1,n) for p in m._parameters.values())
 
+def _converts_itself(m):
+    "Is `m` torchvision's GoogLeNet or Inception, whose constants are stated for what reaches all of it?"
+    return getattr(m, 'transform_input', False) is True
+
 def first_layers(model, n):
     "The modules of `model` that hold weights and have no part that does, `n` being the channels of its input"
     def whole(m): return not any(_has_weights(c, n) for c in m.modules() if c is not m)
-    return [m for m in model.modules() if _has_weights(m, n) and whole(m)]
+    return [m for m in model.modules() if _converts_itself(m) or _has_weights(m, n) and whole(m)]
 
 # %% ../nbs/03d_inside.ipynb #03d71e11
 @contextmanager
@@ -57,7 +61,8 @@ def arrives(
     model = _unwrapped(model)
     args,kwargs = inputs
     def stop(m, args):
-        if args and isinstance(args[0], Tensor) and args[0].is_floating_point() and args[0].ndim>2: raise _Arrived(args[0].detach().double().cpu())
+        x = args[0] if args else None
+        if isinstance(x, Tensor) and x.is_floating_point() and x.ndim>2: raise _Arrived(x.detach().double().cpu())
     hooks = []
     try:
         for m in first_layers(model, n): hooks.append(m.register_forward_pre_hook(stop))

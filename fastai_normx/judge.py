@@ -162,21 +162,22 @@ def _beyond(e, case):
     "A finding about values that cannot come from pixels in [0,1] that were normalized as expected, or None"
     E,v = case.expected,e.view
     fit = v.fit(E)
-    right = f'show the model pixels in [0,1], normalized once with {in_words(E)}'
     lo,hi = short(v.stats.min.tolist()),short(v.stats.max.tolist())
     black,white = (short([(end-m)/s for m,s in zip(*E)]) for end in (0,1))
     details = f'The values go from {lo} to {hi}; {who_says(E)} expects black at {black} and white at {white}.'
+    def finding(kind, severity, message, fix, harm): return Finding(kind, severity, message, fix, harm, details=details, sure=False)
+    right = f'show the model pixels in [0,1], normalized once with {in_words(E)}'
+    if v.one_by_one: return finding('wrong_stats', 'error', f'Each image is normalized by its own mean; {who(E)} expects {in_words(E)}, the same for all.', right, .1)
     if e.clipped:
         zeros,ones = v.at_ends.mean(1).tolist()
-        return Finding('wrong_range', 'error', f'The values are cut off at 0 and 1, where {zeros:.0%} and {ones:.0%} of them lie: colour augmentation after `Normalize` does that.',
-            'put `Normalize` after all colour augmentation', .5, details=details, sure=False)
-    if fit.inside>=.98 and fit.span<=sliver and len(v)>=_few: return Finding('wrong_range', 'error',
-        f'All {len(v)} images together span {fit.span:.1%} of the range from black to white that {who(E)} expects: divided by 255 twice, or deeper than 8 bits?',
-        right, .9, details=details, sure=False)
+        cut = f'The values are cut off at 0 and 1, where {zeros:.0%} and {ones:.0%} of them lie: colour augmentation after `Normalize` does that.'
+        return finding('wrong_range', 'error', cut, 'put `Normalize` after all colour augmentation', .5)
+    if fit.inside>=.98 and fit.span<=sliver and len(v)>=_few:
+        thin = f'All {len(v)} images together span {fit.span:.1%} of the range that {who(E)} expects: divided by 255 twice, or deeper than 8 bits?'
+        return finding('wrong_range', 'error', thin, right, .9)
     if fit.near>=.95: return
-    could = f' It could be: {"; ".join(e.rivals)}.' if e.rivals else ''
     kind = 'wrong_range' if fit.span>10 else 'wrong_stats'
-    return Finding(kind, 'error', f'The values do not fit: they go from {lo} to {hi}, and pixels in [0,1] that are normalized as {who(E)} expects cannot.', right, .5, details=details+could, sure=False)
+    return finding(kind, 'warning', f'The values do not fit: they go from {lo} to {hi}, which pixels normalized as {who(E)} expects cannot.', right, .5)
 
 _few = 8 # Images that may all be dull by chance
 

@@ -181,6 +181,13 @@ def _depth(top):
     "Bits of whole numbers up to `top`"
     return next((bits for bits in (8,10,12,14) if top<2**bits-.5), 16)
 
+# %% ../nbs/03b_view.ipynb #03b71e61
+@patch(as_prop=True)
+def one_by_one(self:InputView):
+    "Is each image shifted by its own mean, over its channels or in each of them?"
+    if len(self.means)<8 or not (self.stats.std>.1).all(): return False
+    return bool(min(self.means.abs().max(), self.means.mean(1).abs().max())<1e-3)
+
 # %% ../nbs/03b_view.ipynb #03b71e30
 def pooled(views)->InputView:
     "What all of `views` show, as one"
