@@ -19,7 +19,8 @@ from fastcore.basics import patch
 def _spread(v, n):
     "`v`, one number per channel or one for all, as a tuple of `n` floats"
     v = tuple(map(float, v))
-    if len(v) not in (1,n): raise ValueError(f'`mean` and `std` need one number per channel, or one for all: received {len(v)} for {n} channels, {v}')
+    if len(v) not in (1,n): raise ValueError(
+        f'`mean` and `std` need one number per channel, or one for all: received {len(v)} for {n} channels, {v}')
     return v*n if len(v)==1 else v
 
 @dataclass(frozen=True)

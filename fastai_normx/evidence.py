@@ -131,7 +131,7 @@ def examine_all(sets, expected):
     certain = [e for e in res.values() if e.applied and e.applied.certain]
     for e in res.values():
         if e.applied and e.applied.how=='values' or e.view.one_by_one: continue
-        like = next((o for o in certain if o is not e and (not e.applied or not _agree(e.applied.map, o.applied.map)) and _could_be(e, o)), None)
+        like = next((o for o in certain if o is not e and _could_be(e, o)), None)
         if like: e.applied,e.rivals,e.clipped = like.applied,(),False
     return res
 
@@ -140,10 +140,12 @@ def why_not(e, expected)->str:
     "Why nobody can tell what was done to the images of `e`, an `Evidence`"
     found,said = e.view.inferred,e.said
     if e.rivals: first = f'two or more explanations fit: {"; ".join(e.rivals)}'
-    elif found: first = f'their values lie on a lattice, but too few levels of it are used to tell constants apart (the best fit is {found.source}, confidence {found.confidence:.2f})'
+    elif found: first = ('their values lie on a lattice, but too few levels of it are used to tell constants apart '
+                         f'(the best fit is {found.source}, confidence {found.confidence:.2f})')
     else: first = 'their values lie on no lattice of 8-bit levels, and black and white are not reached where known constants would put them'
     if said.unknown: second = f'the pipeline holds {", ".join(said.unknown)}, which may do anything'
     elif said.map is not None: second = 'the values cannot have come out of the pipeline as it is stated'
     elif said.pixels=='floats': second = 'the dataset hands out floats, and does not say of which range'
     else: second = 'no pipeline is known that says'
-    return f'What was done to the images is not known: {first}; and {second}. Images before augmentation, or more of them (`n_items`), would tell.'
+    return (f'What was done to the images is not known: {first}; and {second}. '
+            'Images before augmentation, or more of them (`n_items`), would tell.')

@@ -24,7 +24,7 @@ def harm(
     expected, # Constants that the backbone expects, and if known the pixels of its pretraining: a `NormStats`
     applied # Constants that were applied
 )->float: # From 0 to 1
-    "Estimated share of accuracy that a pretrained model loses, without training, if pixels meant for `expected` are normalized with `applied`"
+    "Estimated share of accuracy that a pretrained model loses, without training, to `applied` instead of `expected`"
     from scipy.special import ndtri
     m,s,n,t = (np.array(o, dtype=float)[:,None] for o in (*expected, *applied))
     ref_mean = np.array(getattr(expected, 'ref_mean', None) or [.46]*len(m))[:,None]

@@ -45,7 +45,8 @@ def _channel_count(v, E, case):
     def finding(what, fix): return Finding('channel_count', 'error', what, fix, 1.)
     if v.ndim==5 and v.n_in==1 and E.n_in>1: return finding('The batches have an axis too many: 5, with one channel on axis 1.',
         'a `Normalize` is made for batches: move it from item_tfms to batch_tfms. For video pass `dim=2`')
-    if v.odd: return finding(f'The batches have {v.odd[0]} channels, and then {v.odd[1]}.', 'convert all images to one mode, for example `im.convert("RGB")`')
+    if v.odd: return finding(f'The batches have {v.odd[0]} channels, and then {v.odd[1]}.',
+        'convert all images to one mode, for example `im.convert("RGB")`')
     if v.n_in==E.n_in: return
     if v.n_in==1: fix = 'load the images as RGB; or, for a model made with one input channel, ask with `n_in=1`'
     elif v.n_in>16: fix = 'move the channels to axis 1, or pass `dim=`'
@@ -57,18 +58,21 @@ def look_odd(v, E, case):
     "Findings about channels and values that no constants could mend"
     if count := _channel_count(v, E, case): return [count]
     res = []
-    bad,still_ = int(v.stats.nonfinite.sum()),still(v.stats)
-    if bad: res.append(Finding('non_finite', 'error', f'{bad} of {bad+int(v.stats.count.sum())} values that reach the model are NaN or infinite: every output that sees them is NaN.',
+    bad,constant = int(v.stats.nonfinite.sum()),still(v.stats)
+    if bad: res.append(Finding('non_finite', 'error',
+        f'{bad} of {bad+int(v.stats.count.sum())} values that reach the model are NaN or infinite: every output that sees them is NaN.',
         'look at the transforms that divide or take a logarithm, and at the files behind these images', 1.))
-    if still_.any() and len(v)>1: res.append(_constant_channels(v, still_))
+    if constant.any() and len(v)>1: res.append(_constant_channels(v, constant))
     return res
 
 def _constant_channels(v, which):
     "A finding about the channels `which` of view `v`, which hold one value"
     at = ', '.join(map(str, which.nonzero().flatten().tolist()))
     broken = which.all() and len(v)>=_many_constant
-    return Finding('constant_channel', 'error' if broken else 'note', f'Channel {at} holds one single value in all {len(v)} images: {short(v.stats.min[which].tolist())}.',
-        'look at how the images are loaded' if broken else 'nothing, if the images are made so; otherwise look at how they are loaded', .3)
+    value = short(v.stats.min[which].tolist())
+    fix = 'look at how the images are loaded' if broken else 'nothing, if the images are made so; otherwise look at how they are loaded'
+    message = f'Channel {at} holds one single value in all {len(v)} images: {value}.'
+    return Finding('constant_channel', 'error' if broken else 'note', message, fix, .3)
 
 # %% ../nbs/03h_judge.ipynb #03b7de16
 _wrong_scale = 20 # Constants whose std is off by more than this are those of another range
@@ -89,8 +93,12 @@ def _cause(kind, what, A, case):
     "The sentence that says what is wrong"
     E = case.expected
     wants = f'{who(E)} expects {in_words(E)}'
-    if kind=='in_model': return f'The images are normalized before the model, with {what}, and again inside it, with {in_words(case.inside.map)}.'
-    if A.bits: return f'These are pixels of {A.bits[0]} bits, {"not divided" if A.bits[1]==1 else f"divided by {A.bits[1]}"}; {who(E)} expects them in [0,1] before {in_words(E)}.'
+    if kind=='in_model':
+        return f'The images are normalized before the model, with {what}, and again inside it, with {in_words(case.inside.map)}.'
+    if A.bits:
+        bits,divisor = A.bits
+        divided = 'not divided' if divisor==1 else f'divided by {divisor}'
+        return f'These are pixels of {bits} bits, {divided}; {who(E)} expects them in [0,1] before {in_words(E)}.'
     if kind=='not_normalized': return f'The images are not normalized: they reach the model as pixels in [0,1]; {wants}.'
     if kind=='wrong_range': return f'The images have the wrong range: {what}; {wants}.'
     if kind=='normalized_twice': return f'The images are normalized twice, {what}; {wants}, once.'
@@ -167,17 +175,22 @@ def _beyond(e, case):
     details = f'The values go from {lo} to {hi}; {who_says(E)} expects black at {black} and white at {white}.'
     def finding(kind, severity, message, fix, harm): return Finding(kind, severity, message, fix, harm, details=details, sure=False)
     right = f'show the model pixels in [0,1], normalized once with {in_words(E)}'
-    if v.one_by_one: return finding('wrong_stats', 'error', f'Each image is normalized by its own mean; {who(E)} expects {in_words(E)}, the same for all.', right, .1)
+    if v.one_by_one:
+        own = f'Each image is normalized by its own mean; {who(E)} expects {in_words(E)}, the same for all.'
+        return finding('wrong_stats', 'error', own, right, .1)
     if e.clipped:
         zeros,ones = v.at_ends.mean(1).tolist()
-        cut = f'The values are cut off at 0 and 1, where {zeros:.0%} and {ones:.0%} of them lie: colour augmentation after `Normalize` does that.'
+        cut = (f'The values are cut off at 0 and 1, where {zeros:.0%} and {ones:.0%} of them lie: '
+               'colour augmentation after `Normalize` does that.')
         return finding('wrong_range', 'error', cut, 'put `Normalize` after all colour augmentation', .5)
     if fit.inside>=.98 and fit.span<=sliver and len(v)>=_few:
-        thin = f'All {len(v)} images together span {fit.span:.1%} of the range that {who(E)} expects: divided by 255 twice, or deeper than 8 bits?'
+        thin = (f'All {len(v)} images together span {fit.span:.1%} of the range that {who(E)} expects: '
+                'divided by 255 twice, or deeper than 8 bits?')
         return finding('wrong_range', 'error', thin, right, .9)
     if fit.near>=.95: return
     kind = 'wrong_range' if fit.span>10 else 'wrong_stats'
-    return finding(kind, 'warning', f'The values do not fit: they go from {lo} to {hi}, which pixels normalized as {who(E)} expects cannot.', right, .5)
+    beyond = f'The values do not fit: they go from {lo} to {hi}, which pixels normalized as {who(E)} expects cannot.'
+    return finding(kind, 'warning', beyond, right, .5)
 
 _few = 8 # Images that may all be dull by chance
 
@@ -209,9 +222,12 @@ def look_order(view, E, rgb):
     mean,z = (-o if E.mean[0]<E.mean[2]-.02 else o for o in found) # some backbones expect BGR
     if mean>-_bluer or z>-_z: return
     what = f'blue is brighter than red by {-mean:.3f} on average'
-    if rgb: return Finding('domain_shift', 'note', f'The images are unusually blue: {what}. They are read as RGB.', 'nothing: the constants are right')
-    return Finding('channel_order', 'note', f'If these are photographs, red and blue may be exchanged (BGR): {what}. Sky, screens and stained tissue look like this in the right order.',
-        'look at a few of them. OpenCV loads BGR: `cv2.cvtColor(im, cv2.COLOR_BGR2RGB)`', .11, details=f'{len(view.means)} images, z = {-z:.1f}.')
+    details = f'{len(view.means)} images, z = {-z:.1f}.'
+    if rgb: return Finding('domain_shift', 'note', f'The images are unusually blue: {what}. They are read as RGB.',
+        'nothing: the constants are right', details=details)
+    return Finding('channel_order', 'note', f'If these are photographs, red and blue may be exchanged (BGR): {what}. '
+        'Sky, screens and stained tissue look like this in the right order.',
+        'look at a few of them. OpenCV loads BGR: `cv2.cvtColor(im, cv2.COLOR_BGR2RGB)`', .11, details=details)
 
 # %% ../nbs/03h_judge.ipynb #03b7de32
 _far = .1 # In pixel units, beyond the margin
@@ -224,13 +240,16 @@ def look_shift(view, E, model):
     far = abs(raw.mean-torch.tensor(E.ref_mean))-mean_margin>_far
     wide = abs(raw.std-torch.tensor(E.ref_std))-std_margin>_far
     if not (far|wide).any(): return
-    return Finding('domain_shift', 'note', 'The constants are right, and the images differ from those of pretraining.', f'nothing in the pipeline. Keep the constants of the backbone; {_adapts(model)}',
-        details=f'Mean {short(raw.mean.tolist())} against {short(E.ref_mean)}, std {short(raw.std.tolist())} against {short(E.ref_std)}, {len(view)} images.')
+    means = f'Mean {short(raw.mean.tolist())} against {short(E.ref_mean)}'
+    stds = f'std {short(raw.std.tolist())} against {short(E.ref_std)}'
+    return Finding('domain_shift', 'note', 'The constants are right, and the images differ from those of pretraining.',
+        f'nothing in the pipeline. Keep the constants of the backbone; {_adapts(model)}', details=f'{means}, {stds}, {len(view)} images.')
 
 def _adapts(model):
     "What in `model` gets used to other images"
     if not isinstance(model, nn.Module): return 'BatchNorm that trains adapts to it, LayerNorm and frozen BatchNorm do not'
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()): return "its BatchNorm adapts to it while it trains (`train_bn=True`, fastai's default)"
+    has_batchnorm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    if has_batchnorm: return "its BatchNorm adapts to it while it trains (`train_bn=True`, fastai's default)"
     return 'it has no BatchNorm that could adapt, so give training more time'
 
 # %% ../nbs/03h_judge.ipynb #03b7de35
@@ -258,7 +277,8 @@ def _split(evidence, known, case):
     what = ', '.join(f'the {n} with {in_words(A.map)}' for n,A in known.items()).replace('with pixels in [0,1]', 'not at all')
     details = '. '.join(f'{n.capitalize()}: {constants_text(A.map)}, {A}' for n,A in known.items())
     share = max(harm(E, A.map) for A in wrong.values())
-    return Finding('split_mismatch', 'error', f'The sets are normalized differently: {what}; {who(E)} expects {in_words(E)}.', m.text, 1+share, m.code, m.args, details+'.')
+    message = f'The sets are normalized differently: {what}; {who(E)} expects {in_words(E)}.'
+    return Finding('split_mismatch', 'error', message, m.text, 1+share, m.code, m.args, details+'.')
 
 # %% ../nbs/03h_judge.ipynb #03b7de36
 def _opaque(case): return case.inside is not None and case.inside.map is None
@@ -269,9 +289,11 @@ def _outcome(found, evidence, case):
 
 def _reason(evidence, case):
     "Why it cannot be told"
-    if _opaque(case): return 'The model changes each image before its first layer, by no constants, so it does not show what should reach it.'
+    if _opaque(case):
+        return 'The model changes each image before its first layer, by no constants, so it does not show what should reach it.'
     e = next(e for e in evidence.values() if not e.applied)
-    if not e.view.empty and still(e.view.stats).all(): return f'All {len(e.view)} images are of one colour, which could be anything. Other images would tell.'
+    if not e.view.empty and still(e.view.stats).all():
+        return f'All {len(e.view)} images are of one colour, which could be anything. Other images would tell.'
     return why_not(e, case.expected)
 
 def _content(evidence, case):
@@ -301,9 +323,12 @@ def judge(
 def _report(found, evidence, case, measured):
     "A `MatchReport` that shows the set of the worst finding"
     outcome = _outcome(found, evidence, case)
-    shown = next((n for n in evidence if found and n in found[0].sets), None) or next((n for n,e in evidence.items() if e.applied), next(iter(evidence)))
-    view,A = evidence[shown].view,evidence[shown].applied
+    worst = [n for n in evidence if found and n in found[0].sets]
+    known = [n for n,e in evidence.items() if e.applied]
+    shown = evidence[[*worst, *known, *evidence][0]]
+    view,A = shown.view,shown.applied
     applied = A and NormStats(*A.map, str(A))
     raw = A and view.stats.inverse(*A.map)
-    return MatchReport(outcome, found, case.expected, applied, view.stats, raw, measured, _reason(evidence, case) if outcome=='cannot tell' else '',
-        views={n:e.view for n,e in evidence.items()})
+    reason = _reason(evidence, case) if outcome=='cannot tell' else ''
+    views = {n:e.view for n,e in evidence.items()}
+    return MatchReport(outcome, found, case.expected, applied, view.stats, raw, measured, reason, views=views)

@@ -1,4 +1,4 @@
-"""`stats_match` and the `StatsMatch` callback: hear when the input of a pretrained backbone is not what it expects, why, and which line mends it
+"""`stats_match` and the `StatsMatch` callback: hear when a backbone's input is not what it expects, why, and which line mends it
 
 Docs: https://fastai.github.io/fastai_normx/match.html.md"""
 
@@ -65,7 +65,7 @@ def _case(
 
 # %% ../nbs/03_match.ipynb #d53e234d
 def _file_batches(fs, E, broken, deep):
-    "Image files as a right pipeline would hand them to the model, 64 x 64 pixels of each; what cannot be read goes to `broken`, names of files with more than 8 bits to `deep`"
+    "Image files as a right pipeline would hand them to the model, 64 x 64 pixels of each; those that cannot be read go to `broken`"
     from PIL import Image
     mean,std = (torch.tensor(o).view(-1,1,1) for o in E)
     for f in fs:
@@ -132,11 +132,14 @@ def _fill(view, dl, data, n_in):
 
 def _view_files(data, E, n_items, seed=0):
     "`(view, extra findings)` of image files"
-    if E.n_in not in (1,3): raise ValueError(f'Image files have 1 or 3 channels, and {who_says(E)} expects {E.n_in}: pass a loader that yields them.')
+    if E.n_in not in (1,3):
+        raise ValueError(f'Image files have 1 or 3 channels, and {who_says(E)} expects {E.n_in}: pass a loader that yields them.')
     fs,broken,deep,view = _files(data),[],[],InputView(n_items)
     at = torch.randperm(len(fs), generator=torch.Generator().manual_seed(seed)).tolist()[:n_items]
     for x in _file_batches([fs[i] for i in at], E, broken, deep): view.add(x)
-    if not len(view): raise ValueError(f'stats_match could read none of the {len(broken)} image files; {Path(broken[0][0]).name}: {broken[0][1]}')
+    if not len(view):
+        file,error = broken[0]
+        raise ValueError(f'stats_match could read none of the {len(broken)} image files; {Path(file).name}: {error}')
     _say(broken, len(view), None, None, None, None)
     if not deep: return view,[]
     return view,[Finding('wrong_range', 'error', f'{len(deep)} of {len(view)} files hold more than 8 bits for a pixel, for example {deep[0]}: Pillow\'s `convert("RGB")` clips them at 255.',
@@ -147,8 +150,8 @@ def _check_data(data):
     if isinstance(data, DataLoaders) and not data.loaders: raise ValueError('This DataLoaders holds no loader: there is nothing to look at')
     known = isinstance(data, (Learner,DataLoaders,ChannelStats,Path,Dataset))
     if known or hasattr(data, '__iter__') and not isinstance(data, dict): return
-    raise ValueError(f'stats_match cannot read {type(data).__name__}. It takes a DataLoaders, a Learner, a fastai or PyTorch loader, an iterable of batches, one batch of images, '
-                     'a ChannelStats, an image folder or a list of image files.')
+    raise ValueError(f'stats_match cannot read {type(data).__name__}. It takes a DataLoaders, a Learner, a fastai or PyTorch loader, '
+                     'an iterable of batches, one batch of images, a ChannelStats, an image folder or a list of image files.')
 
 def _check_n_items(n):
     if not isinstance(n, int) or n<1: raise ValueError(f'`n_items` is a number of images above 0; received {n!r}')
@@ -163,8 +166,10 @@ _use_own = 'Use the constants of the data, `dls.normalize_for(Normalize.from_dat
 
 def _random(learn):
     "A sentence if the weights of `learn` are random, or None"
-    if getattr(learn, 'pretrained', None) is False: return 'This learner was made with pretrained=False: random weights expect no constants.'
-    if not hasattr(learn, 'pretrained') and random_weights(learn.model): return f'The weights of this {type(learn.model).__name__} are as they were initialized: random weights expect no constants.'
+    none = 'random weights expect no constants.'
+    if getattr(learn, 'pretrained', None) is False: return f'This learner was made with pretrained=False: {none}'
+    if hasattr(learn, 'pretrained') or not random_weights(learn.model): return
+    return f'The weights of this {type(learn.model).__name__} are as they were initialized: {none}'
 
 def _code(expected, E):
     "What to write in code for the backbone `expected`, whose constants are `E`; None: the learner itself"
@@ -178,7 +183,7 @@ def _named(case, asked, dls, name):
 
 # %% ../nbs/03_match.ipynb #m4tch005
 def stats_match(
-    data, # `DataLoaders`, `Learner`, fastai's or PyTorch's loader, iterable of batches, a batch `[N,C,...]`, `ChannelStats` of the model's input, image folder or list of files
+    data, # `DataLoaders`, `Learner`, loader, iterable of batches, one batch `[N,C,...]`, its `ChannelStats`, image folder or list of files
     expected=None, # The backbone: all that `expected_stats` takes; None: the one of the `Learner`, or of `model`
     *, model:nn.Module=None, # Measure with it what a fault costs; None: a `Learner`'s own, or none
     n_items:int=512, # Images to look at in each set
@@ -197,16 +202,23 @@ def stats_match(
     if source is None: raise ValueError(f'stats_match needs to know the backbone: a {type(data).__name__} does not say. '
                                         'Pass it, for example `stats_match(data, "resnet18")`, or `model=`.')
     with no_random(): sets,first,extra = _look(data, source, n_items, dim, n_in)
-    if not sets: raise ValueError('stats_match has nothing to look at: these loaders hold no items, as those of an exported learner. Pass it data.')
-    blank = [k for k,(view,_) in sets.items() if not len(view)]
-    if blank: raise ValueError(f'stats_match found no images in {", ".join(blank)}: expected float or 8-bit batches [N,C,H,W] or [N,C,T,H,W]. For one image pass `x[None]`.')
+    _check_seen(sets)
     case = _named(_case(source, model, *first, n_in, dim, model=model), expected, dls, 'learn.dls' if learn else 'dls')
     report = judge(examine_all(sets, case.expected), case, extra)
     report.dls = dls if case.dls else None
-    if _all_files(data) and report.applied: report.applied = dataclasses.replace(report.applied, source='assumed, since image files come before any pipeline')
+    if _all_files(data) and report.applied:
+        report.applied = dataclasses.replace(report.applied, source='assumed, since image files come before any pipeline')
     for view,_ in sets.values(): view.batch = None # the report shall not keep images alive
     if warn and report.outcome=='mismatch': _warn('\n'.join(str(f) for f in report.findings if f.severity!='note'), StatsMatchWarning)
     return report
+
+def _check_seen(sets):
+    "Raise if there was nothing to see in one of `sets`"
+    if not sets: raise ValueError('stats_match has nothing to look at: these loaders hold no items, as those of an exported learner. '
+                                  'Pass it data.')
+    blank = [k for k,(view,_) in sets.items() if not len(view)]
+    if blank: raise ValueError(f'stats_match found no images in {", ".join(blank)}: expected float or 8-bit batches [N,C,H,W] or '
+                               '[N,C,T,H,W]. For one image pass `x[None]`.')
 
 def _look(data, source, n_items, dim, n_in):
     "`({set: (InputView, Testimony)}, (images, arguments of the model) of the first batch, extra findings)`"
@@ -277,7 +289,8 @@ class StatsMatch(Callback):
     def after_train(self): self._try(self._decide)
     def after_validate(self): self._try(self._decide)
     def after_fit(self):
-        if self._views and self.report and self.report.outcome=='cannot tell': self._note(f'StatsMatch cannot tell whether the input fits. {self.report.reason}')
+        unknown = self._views and self.report and self.report.outcome=='cannot tell'
+        if unknown: self._note(f'StatsMatch cannot tell whether the input fits. {self.report.reason}')
         self._let_go()
 
 # %% ../nbs/03_match.ipynb #21a3b3f2

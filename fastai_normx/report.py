@@ -92,7 +92,8 @@ class MatchReport:
 def fix(self:MatchReport)->DataLoaders:
     "Do what the worst finding says: put the expected `Normalize` on every loader that was examined. Raises if that would not mend it"
     worst = next((f for f in self.findings if f.severity!='note'), None)
-    if self.dls is not None and (worst.code if worst else self.ok): return self.dls.normalize_for(self.expected, **(worst.args if worst else {}))
+    mendable = worst.code if worst else self.ok
+    if self.dls is not None and mendable: return self.dls.normalize_for(self.expected, **(worst.args if worst else {}))
     what = worst.fix if worst else self.reason or 'nothing is wrong'
     raise ValueError(f'This report has no pipeline that `fix` could mend: {what}.')
 
@@ -105,10 +106,11 @@ def should_be(expected):
 
 @patch
 def to_df(self:MatchReport):
-    "One row per channel: constants expected and applied; mean and std at the model, of the pixels of pretraining and observed (`margin`: 95 % interval of the mean); raw mean and std"
+    "One row per channel: constants expected and applied; mean and std as they should be, as observed (`margin`: 95 %), and raw"
     import pandas as pd
     seen,n = self.observed,len(self.observed.mean)
-    pairs = dict(expected=self.expected, applied=self.applied, should_be=should_be(self.expected), observed=(seen.mean,seen.std), raw=self.raw and (self.raw.mean,self.raw.std))
+    raw = self.raw and (self.raw.mean,self.raw.std)
+    pairs = dict(expected=self.expected, applied=self.applied, should_be=should_be(self.expected), observed=(seen.mean,seen.std), raw=raw)
     cols = {}
     for name,pair in pairs.items():
         if pair is None or len((pair := list(pair))[0])!=n: continue
@@ -133,7 +135,8 @@ def __str__(self:MatchReport):
     import textwrap
     def fill(label, text):
         indent = '  ' if label in ('fix','details') else ''
-        return textwrap.fill(f'{label}: {text}' if label else text, 84, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        whole = dict(initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        return textwrap.fill(f'{label}: {text}' if label else text, 84, **whole)
     head = self.outcome + (f': {self.kind}' if self.kind else '') + f' ({self.n_images} images, {who_says(self.expected)})'
     res = [head]
     for label,text in _paragraphs(self): res += ([] if label in ('fix','details') else ['']) + [fill(label, text)]
@@ -151,7 +154,8 @@ def _repr_html_(self:MatchReport):
     "The same for a notebook"
     color = {'ok':'#2a7f3f','mismatch':'#c0392b'}.get(self.outcome, '#b9770e')
     kind = f': {self.kind}' if self.kind else ''
-    res = [f'<p><b style="color:{color}">{self.outcome}</b>{kind} <small>({self.n_images} images, {escape(who_says(self.expected))})</small></p>']
+    about = f'<small>({self.n_images} images, {escape(who_says(self.expected))})</small>'
+    res = [f'<p><b style="color:{color}">{self.outcome}</b>{kind} {about}</p>']
     for label,text in _paragraphs(self): res.append(f'<p>{f"<b>{label}</b>: " if label else ""}{_as_html(text)}</p>')
     return ''.join(res) + self.to_df().T.to_html(float_format='{:.3f}'.format, border=0)
 
@@ -160,14 +164,15 @@ def _repr_html_(self:MatchReport):
 def plot(self:MatchReport,
     figsize:tuple=None # Width and height in inches; None: by the number of channels
 ):
-    "For each channel the values at the model's input, and what they should be: mean and std of the pixels of pretraining, and the range from black to white"
+    "For each channel the values at the model's input, and where mean, std, black and white should be"
     import matplotlib.pyplot as plt
     n = len(self.observed.mean)
     seen = [v.pixels for v in self.views.values() if v.n_in==n and len(v.means)]
     fig,axs = plt.subplots(1, n, figsize=figsize or (min(3.4*n, 14),2.8), sharey=True, squeeze=False, layout='constrained')
     for c,ax in enumerate(axs[0]):
         if seen: ax.hist(torch.cat(seen)[:,c].flatten().numpy(), 80, density=True, color='#4c72b0', alpha=.55, label='observed')
-        ax.errorbar(self.observed.mean[c], 0, xerr=self.observed.std[c], fmt='o', color='#1f3b73', capsize=4, label='observed mean and std', zorder=3, clip_on=False)
+        dot = dict(fmt='o', color='#1f3b73', capsize=4, zorder=3, clip_on=False, label='observed mean and std')
+        ax.errorbar(self.observed.mean[c], 0, xerr=self.observed.std[c], **dot)
         if self.expected.n_in==n: _plot_expected(ax, self.expected, c)
         ax.set(title=('red','green','blue')[c] if n==3 else f'channel {c}', yticks=[], xlabel='value at the model')
         ax.spines[['top','right','left']].set_visible(False)
@@ -181,4 +186,5 @@ def _plot_expected(ax, expected, c):
     if not math.isnan(mean):
         ax.axvspan(mean-std, mean+std, color='#55a868', alpha=.25, label='expected mean and std')
         ax.axvline(mean, color='#2a7f3f')
-    for end in (0,1): ax.axvline((end-expected.mean[c])/expected.std[c], color='k', ls=':', lw=1, label='expected black and white' if end else None)
+    for end,label in ((0,None),(1,'expected black and white')):
+        ax.axvline((end-expected.mean[c])/expected.std[c], color='k', ls=':', lw=1, label=label)

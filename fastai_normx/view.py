@@ -20,7 +20,7 @@ from .stats import ChannelStats,_is_pixels,_leaves
 
 # %% ../nbs/03b_view.ipynb #03b71e09
 def pick(b, n, dim=1):
-    "The batch of images in `b`: of its float or 8-bit tensors with 4 or 5 axes the first with `n` channels on axis `dim`, else the first; or None"
+    "The first float or 8-bit tensor in `b` of 4 or 5 axes with `n` channels on axis `dim`, else the first of them, or None"
     ts = [t for t in _leaves(b) if t.ndim in (4,5) and _is_pixels(t)]
     return next((t for t in ts if t.shape[dim]==n), ts[0] if ts else None)
 
@@ -167,7 +167,7 @@ def _whole(u, least=24):
 def bits(self:InputView,
     map:Affine # Constants to undo
 ):
-    "`(bits, divisor)` of pixels deeper than 8 bits that were divided by the greatest value of another depth (or by 1) before `map`; or None"
+    "`(bits, divisor)` of pixels deeper than 8 bits that were divided by the wrong number (1: by none) before `map`; or None"
     m,s = map_arrays(map)
     v = self.pixels.double().numpy()*s[:,None]+m[:,None]
     v = v[np.isfinite(v)]
