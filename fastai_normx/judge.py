@@ -158,7 +158,7 @@ def _fault(name, e, case):
     E,A = case.expected,e.applied
     if A.map.same(E, .02): return None,{}
     kind,what = mistake(A.map, E)
-    if case.inside and kind!='wrong_range': kind = 'in_model'
+    if case.inside and any(case.inside.map.mean) and kind!='wrong_range': kind = 'in_model'
     if A.bits: kind = 'wrong_range'
     share,measured = harm(E, A.map),_measure(case, e.view, A)
     m = mend(e, A, case)
