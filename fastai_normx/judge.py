@@ -80,9 +80,9 @@ _wrong_scale = 20 # Constants whose std is off by more than this are those of an
 def mistake(map, expected):
     "`(kind, what was done, as text)` for constants `map` where `expected` should be"
     known = next((m for m in mistakes(expected) if map.same(m.map)), None)
-    if known: return known.kind,_what(known, expected)
+    kind,what = (known.kind,_what(known, expected)) if known else ('wrong_stats',in_words(map))
     off = max(max(a/b, b/a) for a,b in zip(map.std, expected.std))
-    return ('wrong_range' if off>_wrong_scale else 'wrong_stats'),in_words(map)
+    return ('wrong_range' if off>_wrong_scale else kind),what
 
 def _what(m, expected):
     "The `Mistake` `m` as text, with the name of the expected constants"
