@@ -184,7 +184,8 @@ def _two_images(px, step): _refuse_step(step, 'states no mean and std of its own
 # %% ../nbs/01a_transforms.ipynb #cfb8150d
 def _inside(step):
     "The steps that `step` holds"
-    return list(step if isinstance(step, (list,tuple)) else getattr(step, 'transforms', None) or step.children())
+    if isinstance(step, (list,tuple)): return list(step)
+    return list(step.transforms if hasattr(step, 'transforms') else step.children())
 
 def _all(px, step):
     "Every step inside, in order"
@@ -242,7 +243,8 @@ know('timm.data', _erase, 'RandomErasing')
 know('timm.data', _to_float, 'MaybeToTensor')
 know('timm.data', _to_float_unscaled, 'ToTensor')
 know('timm.data', _to_bytes, 'MaybePILToTensor ToNumpy')
-know('open_clip', _geometry, 'CenterCropOrPad ResizeKeepRatio ResizeMaxSize ResizeLongest _convert_to_rgb')
+know('open_clip', _geometry, 'CenterCropOrPad MaybeConvertMode ResizeKeepRatio ResizeMaxSize _convert_to_rgb')
+know('open_clip', _to_float, 'MaybeToTensor')
 know('open_clip', _colour, 'color_jitter')
 know('open_clip', _mix, 'gray_scale')
 know('clip', _geometry, '_convert_image_to_rgb')
