@@ -43,8 +43,10 @@ class NormStats(Affine):
         object.__setattr__(self, 'notes', tuple(self.notes))
         for a,b in (('mean','std'),('mean','ref_mean'),('mean','ref_std')):
             if (v := getattr(self, b)) is not None and len(v)!=self.n_in: raise ValueError(
-                f'`{a}` and `{b}` need the same length, one number per channel: received {self.n_in} and {len(v)}, {getattr(self, a)} and {v}')
-        if self.uniform and self.n_in>1: raise ValueError(f'`uniform` means one number for every channel: received {self.n_in}, {self.mean}')
+                f'`{a}` and `{b}` need the same length, one number per channel: received {self.n_in} and {len(v)}, '
+                f'{getattr(self, a)} and {v}')
+        if self.uniform and self.n_in>1: raise ValueError(f'`uniform` means one number for every channel: received {self.n_in}, '
+            f'{self.mean}')
         if any(s<=0 for s in self.std): raise ValueError(
             f'`std` divides the pixels, so it must be greater than 0: received {self.std}. For a channel that never changes use 1.')
 
@@ -70,10 +72,12 @@ def _user_level():
 def _warn(msg, category=ExpectedStatsWarning): warnings.warn(msg, category, stacklevel=_user_level())
 
 # %% ../nbs/01_expected.ipynb #e2a9a8e0
-_takes = ('a timm name; a torchvision builder, weights entry or transform; a fastai architecture, Learner, DataLoaders or Normalize; a model; '
+_takes = ('a timm name; a torchvision builder, weights entry or transform; a fastai architecture, Learner, DataLoaders or '
+    'Normalize; a model; '
           'a Hugging Face processor; a config (dict, JSON file or model folder); or the two tuples themselves, `(mean, std)`')
 
-def _refuse(source): raise ValueError(f'expected_stats cannot read {type(source).__module__}.{type(source).__qualname__}: {str(source)[:120]!r}.\n'
+def _refuse(source): raise ValueError(
+    f'expected_stats cannot read {type(source).__module__}.{type(source).__qualname__}: {str(source)[:120]!r}.\n'
     f'It takes {_takes}.\nFor a type of your own: `@expected_stats.register(YourType)`.')
 
 _resolve = singledispatch(_refuse)
@@ -160,7 +164,8 @@ def _timm_note(arch, s):
 # %% ../nbs/01_expected.ipynb #5d90018c
 def _also_in_torchvision(arch):
     from torchvision import models as M
-    return f" torchvision has weights for its own {arch}: pass '{M.get_model_weights(arch).DEFAULT}' or the builder." if arch in M.list_models() else ''
+    if arch not in M.list_models(): return ''
+    return f" torchvision has weights for its own {arch}: pass '{M.get_model_weights(arch).DEFAULT}' or the builder."
 
 def _timm_name(name):
     "Constants of a timm model name, or None if timm does not know it"
@@ -196,7 +201,8 @@ def _report_conflict(s, arch):
     cfg,t = tm.get_pretrained_cfg(f'{arch}.tv_in1k'),M.get_model_weights(arch).IMAGENET1K_V1.transforms()
     if (tuple(cfg.mean),tuple(cfg.std))==(tuple(t.mean),tuple(t.std)): return s
     msg = (f"timm and torchvision disagree about the same {arch} weights: timm says {short(cfg.mean)} / {short(cfg.std)}, torchvision "
-           f"{short(t.mean)} / {short(t.std)}, which its model converts inside (`transform_input=True`). This answer is for {s.source.split(':')[0]}'s model.")
+           f"{short(t.mean)} / {short(t.std)}, which its model converts inside (`transform_input=True`). This answer is for "
+           f"{s.source.split(':')[0]}'s model.")
     _warn(msg)
     return dataclasses.replace(s, notes=s.notes+(msg,))
 
@@ -221,7 +227,8 @@ def _from_weights(w):
     s = NormStats(*s, f"{_library(type(w).__module__.partition('.')[0])}: {w}", *ref, notes=s.notes, uniform=s.uniform)
     arch = _builders().get(type(w))
     if not _converts_input(arch): return _report_conflict(s, arch) if w.name=='IMAGENET1K_V1' else s
-    msg = (f"torchvision's {arch} takes these constants and converts them to 0.5 / 0.5 in its forward (`transform_input=True`); a body cut from it, "
+    msg = (f"torchvision's {arch} takes these constants and converts them to 0.5 / 0.5 in its forward (`transform_input=True`); a "
+        "body cut from it, "
            'as in `vision_learner`, does not, and expects 0.5 / 0.5: use `dls.normalize_for(learn)`, or pass ((.5,.5,.5), (.5,.5,.5))')
     if arch=='inception_v3': msg += '. timm, whose port never converts, says 0.5 / 0.5 for the same weights'
     _warn(msg)
@@ -285,17 +292,22 @@ def _(source:FunctionType):
         if source.__name__ in M.list_models(): return _from_weights(M.get_model_weights(source).DEFAULT)
     if mod=='timm' and (s := _timm_name(source.__name__)): return s
     from fastai.vision.learner import model_meta
-    if 'stats' in (meta := model_meta.get(source, {})): return NormStats(*meta['stats'], f"{_lib('fastai')}: {source.__name__}", *imagenet_pixels)
-    raise ValueError(f'No library states the constants of {source.__module__}.{source.__name__}: it is neither a torchvision builder, nor a timm model, '
+    meta = model_meta.get(source, {})
+    if 'stats' in meta: return NormStats(*meta['stats'], f"{_lib('fastai')}: {source.__name__}", *imagenet_pixels)
+    raise ValueError(f'No library states the constants of {source.__module__}.{source.__name__}: it is neither a torchvision '
+        'builder, nor a timm model, '
                      "nor in fastai's `model_meta`. Pass the constants it was trained with: `(mean, std)`.")
 
 @_resolve.register
 def _(source:partial):
     if isinstance(source.func, type): return _resolve(_made(source))
     f,kw = source.func,source.keywords
-    if f.__module__.startswith('segmentation_models_pytorch.') and 'mean' in kw: return _from_config({'input_range':None} | kw, _library('segmentation_models_pytorch'))
+    smp = 'segmentation_models_pytorch'
+    if (getattr(f, '__module__', None) or '').partition('.')[0]==smp and 'mean' in kw:
+        return _from_config({'input_range':None} | kw, _library(smp))
     if kw.get('pretrained') is False or ('weights' in kw and kw['weights'] is None): raise ValueError(
-        f'{f.__name__} with {", ".join(f"{k}={v}" for k,v in kw.items())} has random weights, which expect no constants. Pass the weights entry, or `(mean, std)`.')
+        f'{f.__name__} with {", ".join(f"{k}={v}" for k,v in kw.items())} has random weights, which expect no constants. Pass the '
+        'weights entry, or `(mean, std)`.')
     if isinstance(tag := kw.get('pretrained_cfg'), str): return _resolve(f'{f.__name__}.{tag}')
     w = kw.get('weights')
     if isinstance(w, str):
@@ -345,10 +357,12 @@ def _(source:str):
 def _open_clip(model, tag):
     "Constants of open_clip's pretrained `model` and `tag`"
     try: oc = import_module('open_clip')
-    except ImportError: raise ValueError(f'{(model,tag)!r} is read as an open_clip model and tag, and open_clip is not installed: pip install open_clip_torch') from None
+    except ImportError: raise ValueError(f'{(model,tag)!r} is read as an open_clip model and tag, and open_clip is not installed: '
+        'pip install open_clip_torch') from None
     tags = oc.list_pretrained_tags_by_model(model)
     if not tags: raise ValueError(f'open_clip has no pretrained model {model!r}. Closest names: '
-        f'{", ".join(difflib.get_close_matches(model, dict(oc.list_pretrained()), 5, .4)) or "none"}. For constants, pass numbers: `(mean, std)`.')
+        f'{", ".join(difflib.get_close_matches(model, dict(oc.list_pretrained()), 5, .4)) or "none"}. For constants, pass numbers: '
+        '`(mean, std)`.')
     cfg = oc.get_pretrained_cfg(model, tag)
     if not cfg: raise ValueError(f"open_clip's {model} has no pretrained tag {tag!r}. Its tags: {', '.join(tags)}")
     return NormStats(cfg['mean'], cfg['std'], f"{_library('open_clip')}: {model}/{tag}", *_ref(tag))
@@ -376,7 +390,8 @@ def _hub_name(name):
             try: return _resolve(Path(hub.hf_hub_download(repo, f)))
             except (hub.errors.EntryNotFoundError, ValueError) as e: tried.append(f'{f}: {str(e).splitlines()[0]}')
     except Exception as e: raise ValueError(
-        f'{name!r} looks like a Hugging Face repository, but its config could not be read: {type(e).__name__}. It is not in the local cache; '
+        f'{name!r} looks like a Hugging Face repository, but its config could not be read: {type(e).__name__}. It is not in the '
+        'local cache; '
         'check the name and the network, or pass a downloaded model folder, a processor object or `(mean, std)`.') from e
     raise ValueError(f'The Hugging Face repository {name!r} states no normalization in {", ".join(_config_files)}. Pass `(mean, std)`.')
 
@@ -400,8 +415,10 @@ def _with_n_in(s, n_in, extra=None):
     if e and s.uniform: raise ValueError(f'{s.source} states one number for every channel, {s.mean[0]:.4g}, so leave `extra` out')
     if n_in is None and not e: return s
     if n_in is None: n_in = s.n_in+e.n_in
-    if isinstance(n_in, bool) or not isinstance(n_in, Integral) or n_in<1: raise ValueError(f'`n_in` is a number of channels, 1 or more; received {n_in!r}')
-    if e and n_in<=s.n_in: raise ValueError(f'`extra` is for channels beyond the {s.n_in} of {s.source}, and n_in={n_in} has none: leave one of them out')
+    if isinstance(n_in, bool) or not isinstance(n_in, Integral) or n_in<1: raise ValueError('`n_in` is a number of channels, 1 or '
+        f'more; received {n_in!r}')
+    if e and n_in<=s.n_in: raise ValueError(f'`extra` is for channels beyond the {s.n_in} of {s.source}, and n_in={n_in} has none: '
+        'leave one of them out')
     if e:
         if e.n_in not in (n_in, n_in-s.n_in): raise ValueError(
             f'`extra` has {e.n_in} channels, but with n_in={n_in} and {s.n_in} from {s.source} it needs {n_in-s.n_in} (or all {n_in})')
@@ -412,7 +429,8 @@ def _with_n_in(s, n_in, extra=None):
     if n_in==1 and s.n_in==3: return dataclasses.replace(s, **{k:grey(getattr(s, k)) for k in ('mean','std','ref_mean','ref_std')},
         notes=s.notes+('n_in=1: the BT.601 grey of the three channels',))
     raise ValueError(f'{s.source} states {s.n_in} channels, so for n_in={n_in} ' + (
-        f'the other {n_in-s.n_in} must come from you: `extra=(mean, std)` with {n_in-s.n_in} values each, or `extra=Normalize.from_data(dls)`.'
+        f'the other {n_in-s.n_in} must come from you: `extra=(mean, std)` with {n_in-s.n_in} values each, or '
+        '`extra=Normalize.from_data(dls)`.'
         if n_in>s.n_in else f'there is no rule to choose by. Pass the constants: `(mean, std)` with {n_in} values each.'))
 
 # %% ../nbs/01_expected.ipynb #b4e238e0
@@ -432,12 +450,15 @@ expected_stats.register = _resolve.register
 def _hf_defaults(d, kind):
     "`d` completed with the defaults of the processor class it names"
     tf = _import('transformers', 'transformers', f'This config leaves values to the defaults of {kind}, and reading them')
-    if not isinstance(kind, str): raise ValueError(f'This config names the class of its processor as {_quote(kind)}: expected a name such as ViTImageProcessor')
+    if not isinstance(kind, str): raise ValueError(f'This config names the class of its processor as {_quote(kind)}: expected a '
+        'name such as ViTImageProcessor')
     kind = kind.replace('FeatureExtractor', 'ImageProcessor')
     cls = getattr(tf, kind, None) or getattr(tf, kind.removesuffix('Fast'), None)
-    if cls is None: raise ValueError(f"This config leaves values to the defaults of {kind}, which {_lib('transformers')} does not have. Pass `(mean, std)`.")
+    if cls is None: raise ValueError(f"This config leaves values to the defaults of {kind}, which {_lib('transformers')} does not "
+        "have. Pass `(mean, std)`.")
     try: return cls.from_dict(d).to_dict()
-    except Exception as e: raise ValueError(f"{_lib('transformers')}'s {kind} does not accept this config ({type(e).__name__}: {e}). Pass `(mean, std)`.") from e
+    except Exception as e: raise ValueError(f"{_lib('transformers')}'s {kind} does not accept this config ({type(e).__name__}: "
+        f"{e}). Pass `(mean, std)`.") from e
 
 def _flips(d, kind):
     "Does this processor turn RGB into BGR?"
@@ -449,7 +470,8 @@ def _flips(d, kind):
 def _rescale(d, where):
     "Factor and offset that a processor applies to 8-bit pixels"
     f = d.get('rescale_factor', 1/255) if d.get('do_rescale', True) else 1
-    if not _is_one(f) or not f>0: raise ValueError(f'{where} has rescale_factor {_quote(f)}: expected a number greater than 0, such as 1/255')
+    if not _is_one(f) or not f>0: raise ValueError(f'{where} has rescale_factor {_quote(f)}: expected a number greater than 0, '
+        'such as 1/255')
     return f,1 if d.get('rescale_offset', d.get('offset', False)) and f!=1 else 0
 
 def _from_hf(d, where):
@@ -462,12 +484,14 @@ def _from_hf(d, where):
     f,off = _rescale(d, where)
     mean,std = (d.get('image_mean'),d.get('image_std')) if d.get('do_normalize', True) else (0.,1.)
     if mean is None or std is None: raise ValueError(
-        f'{where} normalizes (`do_normalize`) but states no `image_mean` and `image_std`; its keys: {", ".join(map(str, d))}. Pass `(mean, std)`.')
+        f'{where} normalizes (`do_normalize`) but states no `image_mean` and `image_std`; its keys: {", ".join(map(str, d))}. Pass '
+        '`(mean, std)`.')
     mean,std = (_floats(o, k)*(1 if hasattr(o, '__iter__') else 3) for o,k in ((mean,'image_mean'),(std,'image_std')))
     c = NormStats(mean, std)
     if d.get('include_top'): c = c.then(Affine((0,), std))  # EfficientNet's processor divides by std once more
     if f==1 and max(c.mean)<=1 and d.get('do_normalize', True): _warn(
-        f'{where} has `do_rescale` off and a mean of {short(c.mean)}: applied to 8-bit images as it stands, it hardly shifts pixels in 0-255. '
+        f'{where} has `do_rescale` off and a mean of {short(c.mean)}: applied to 8-bit images as it stands, it hardly shifts '
+        'pixels in 0-255. '
         f'Used as stated. If its images were scaled to [0,1] beforehand, pass `({short(c.mean)}, {short(c.std)})` instead.')
     s = NormStats([(m+off)/(255*f) for m in c.mean], [o/(255*f) for o in c.std], f'{where}: {kind}' if kind else where, notes=notes)
     if not _in_range(s): _warn_range(s)
@@ -491,12 +515,14 @@ def _input_range(d, where):
     if r is None: return 255  # segmentation_models_pytorch's functions do not scale then
     try: ends = _floats(r, 'input_range')
     except ValueError: ends = ()
-    if ends not in ((0,1),(0,255)): raise ValueError(f'{where} has input_range {_quote(r)}: expected [0, 1] or [0, 255]. Pass `(mean, std)` for pixels in [0,1].')
+    if ends not in ((0,1),(0,255)): raise ValueError(f'{where} has input_range {_quote(r)}: expected [0, 1] or [0, 255]. Pass '
+        '`(mean, std)` for pixels in [0,1].')
     return ends[1]
 
 def _is_bgr(d, where):
     space = ifnone(d.get('input_space'), 'RGB')
-    if space not in ('RGB','BGR'): raise ValueError(f"{where} has input_space {_quote(space)}: expected 'RGB' or 'BGR'. Pass `(mean, std)`.")
+    if space not in ('RGB','BGR'): raise ValueError(f"{where} has input_space {_quote(space)}: expected 'RGB' or 'BGR'. Pass "
+        "`(mean, std)`.")
     return space=='BGR'
 
 def _from_config(d, where):
@@ -506,7 +532,8 @@ def _from_config(d, where):
         if isinstance(d.get(k), dict): return _from_config({'architecture':d.get('architecture'), **d[k]}, where)
     if {'image_mean','do_normalize','image_processor_type','feature_extractor_type'} & d.keys(): return _from_hf(d, where)
     if d.get('mean') is None or d.get('std') is None: raise ValueError(
-        f'{where} states no normalization: expected `mean` and `std`, or `image_mean` and `image_std`; its keys: {", ".join(map(str, d)) or "none"}'[:600])
+        f'{where} states no normalization: expected `mean` and `std`, or `image_mean` and `image_std`; its keys: '
+        f'{", ".join(map(str, d)) or "none"}'[:600])
     name = '.'.join(str(d[k]) for k in ('architecture','tag') if d.get(k))
     uniform = _is_one(d['mean']) and _is_one(d['std'])
     c = NormStats(d['mean'], d['std']).scaled(_input_range(d, where))
@@ -525,12 +552,14 @@ def _(source:Path):
     p = Path(os.path.expanduser(source))
     if p.is_dir(): return _from_folder(p)
     if not p.exists(): raise FileNotFoundError(f'There is no file or folder {str(source)!r}')
-    if (n := p.stat().st_size) > _max_bytes: raise ValueError(f'{str(source)!r} has {n/2**20:.0f} MiB; a config has a few kB, so it was not read')
+    if (n := p.stat().st_size) > _max_bytes: raise ValueError(f'{str(source)!r} has {n/2**20:.0f} MiB; a config has a few kB, so '
+        'it was not read')
     try: d = json.loads(p.read_text(encoding='utf-8-sig'))
     except UnicodeDecodeError: raise ValueError(f'{str(source)!r} is not a text file: expected JSON, such as {_config_files[0]}') from None
     except RecursionError: raise ValueError(f'{str(source)!r} is nested too deeply to be a config') from None
     except json.JSONDecodeError as e: raise ValueError(f'{str(source)!r} is ' + ('empty' if not n else f'not valid JSON: {e}')) from None
-    if not isinstance(d, dict): raise ValueError(f'{str(source)!r} is JSON but not a config: expected an object {{...}}, received a {type(d).__name__}')
+    if not isinstance(d, dict): raise ValueError(f'{str(source)!r} is JSON but not a config: expected an object {{...}}, received '
+        f'a {type(d).__name__}')
     return _from_config(d, f'{p.parent.name}/{p.name}')
 
 def _from_folder(p):
@@ -540,10 +569,12 @@ def _from_folder(p):
         if not (p/f).exists(): continue
         try: found[f] = _resolve(p/f)
         except ValueError as e: tried.append(str(e))
-    if not found: raise ValueError(f'No config in the folder {str(p)!r} states a normalization. Looked for {", ".join(_config_files)}.' + ''.join(f'\n- {t}' for t in tried))
+    if not found: raise ValueError(f'No config in the folder {str(p)!r} states a normalization. Looked for '
+        f'{", ".join(_config_files)}.' + ''.join(f'\n- {t}' for t in tried))
     (first,s),*others = found.items()
     for f,o in others:
-        if tuple(o)!=tuple(s): _warn(f'{p.name}/{first} says {short(s.mean)} / {short(s.std)}, {f} beside it says {short(o.mean)} / {short(o.std)}. Used {first}.')
+        if tuple(o)!=tuple(s): _warn(f'{p.name}/{first} says {short(s.mean)} / {short(s.std)}, {f} beside it says {short(o.mean)} '
+            f'/ {short(o.std)}. Used {first}.')
     return s
 
 # %% ../nbs/01_expected.ipynb #26c1a6db
@@ -564,7 +595,8 @@ def _(source:object):
     if type(source).__name__=='PretrainedCfg': return _timm_stats(source, source.architecture or 'a PretrainedCfg')
     if hasattr(source, 'image_processor'): return _resolve(source.image_processor)
     if hasattr(source, 'to_dict') and lib in ('transformers','timm'): return _from_config(source.to_dict(), where)
-    if dataclasses.is_dataclass(source) and not isinstance(source, type) and hasattr(source, 'mean'): return _from_config(dataclasses.asdict(source), where)
+    is_record = dataclasses.is_dataclass(source) and not isinstance(source, type)
+    if is_record and hasattr(source, 'mean'): return _from_config(dataclasses.asdict(source), where)
     _refuse(source)
 
 # %% ../nbs/01_expected.ipynb #f0ced374
@@ -575,11 +607,13 @@ def _config_of(m):
         d = cfg if isinstance(cfg, dict) else vars(cfg)
         return _timm_stats(cfg, d.get('architecture') or type(m).__name__)
     if type(m).__module__.startswith('torchxrayvision.'): return _xray(m)
-    if isinstance(getattr(m, 'input_range', None), (list,tuple)) and getattr(m, 'mean', None) is not None: return _from_config(vars(m), type(m).__name__)
+    has_range = isinstance(getattr(m, 'input_range', None), (list,tuple))  # pretrainedmodels
+    if has_range and getattr(m, 'mean', None) is not None: return _from_config(vars(m), type(m).__name__)
 
 def _xray(m):
     "torchxrayvision: one channel in [-1024,1024]"
-    if getattr(m, 'weights', '') is None: raise ValueError(f'This {type(m).__name__} has random weights (weights=None), which expect no constants. Pass `(mean, std)` if you trained it.')
+    if getattr(m, 'weights', '') is None: raise ValueError(f'This {type(m).__name__} has random weights (weights=None), which '
+        'expect no constants. Pass `(mean, std)` if you trained it.')
     return NormStats(.5, 1/2048, f"{_library('torchxrayvision')}: {type(m).__name__}, pixels in [-1024,1024]")
 
 def _configs(m):
@@ -596,10 +630,12 @@ def _(source:nn.Module):
     try: found = _configs(source)
     except ValueError as e: raise ValueError(f'{e}\nThis was read from a {kind}.') from None
     if len({tuple(s) for s in found})>1: raise ValueError(
-        f'This {kind} holds pretrained models that expect different constants: {"; ".join(map(repr, found))}. Pass the one whose input you mean.')
+        f'This {kind} holds pretrained models that expect different constants: {"; ".join(map(repr, found))}. Pass the one whose '
+        'input you mean.')
     if found: return found[0]
     repo = getattr(getattr(source, 'config', None), 'name_or_path', None)
-    hint = f'its processor, `AutoImageProcessor.from_pretrained({repo!r})`' if repo else 'what it was created from: the weights entry, the builder or the name'
+    hint = 'what it was created from: the weights entry, the builder or the name'
+    if repo: hint = f'its processor, `AutoImageProcessor.from_pretrained({repo!r})`'
     raise ValueError(f'A {kind} does not record which weights it holds. Pass {hint}; or the constants, `(mean, std)`.')
 
 # %% ../nbs/01_expected.ipynb #cf062b6d
@@ -611,9 +647,11 @@ def save(self:NormStats,
     "Write a `preprocessor_config.json` that transformers, timm and `expected_stats` read"
     p = Path(os.path.expanduser(path))
     if p.suffix!='.json': p = p/_config_files[0]
-    txt = json.dumps(dict(image_processor_type='ViTImageProcessor', do_resize=False, do_rescale=True, rescale_factor=1/255, do_normalize=True,
-                          image_mean=self.mean, image_std=self.std, mean=self.mean, std=self.std, fastai_normx=self.to_dict()), indent=1)+'\n'
-    if p.exists() and not overwrite and p.read_bytes()!=txt.encode(): raise FileExistsError(f'{str(p)!r} exists and says something else: pass overwrite=True to replace it')
+    d = dict(image_processor_type='ViTImageProcessor', do_resize=False, do_rescale=True, rescale_factor=1/255, do_normalize=True,
+             image_mean=self.mean, image_std=self.std, mean=self.mean, std=self.std, fastai_normx=self.to_dict())
+    txt = json.dumps(d, indent=1)+'\n'
+    if p.exists() and not overwrite and p.read_bytes()!=txt.encode(): raise FileExistsError(f'{str(p)!r} exists and says something '
+        'else: pass overwrite=True to replace it')
     p.parent.mkdir(parents=True, exist_ok=True)
     p.write_bytes(txt.encode())
     return p

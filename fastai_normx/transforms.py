@@ -46,14 +46,19 @@ class Pixels:
     factor:float=255 # They are this many times pixels scaled to [0,1]; counts until the first normalization
     is_float:bool=None # None: no step has said yet
     sources:tuple=() # Who states the constants
-    uniform:bool=True # Did every normalization have one number for all channels?
+    uniform:bool=True # Does one number of constants stand for all channels?
     is_bgr:bool=False # Were the channels put into reverse order?
     notes:tuple=() # What a careful reader should know
 
     @property
-    def map(self): "All that was done to pixels scaled to [0,1]"; return self.constants or Affine((0.,), (1/self.factor,))
+    def map(self):
+        "All that was done to pixels scaled to [0,1]"
+        return self.constants or Affine((0.,), (1/self.factor,))
+
     @property
-    def clippable(self): "Do they fill the range of their type, so that clipping to it does no harm?"; return self._is_plain or not (self.is_float or self.constants)
+    def clippable(self):
+        "Do they fill the range of their type, so that clipping to it does no harm?"
+        return self._is_plain or not (self.is_float or self.constants)
     @property
     def _is_plain(self): return not self.constants and isclose(self.factor, 1, rel_tol=1e-3)
 
@@ -67,7 +72,7 @@ def _normalized(px, mean, std, source, scale=1):
     c = Affine(_floats(mean, 'mean'), _floats(std, 'std'))
     if not all(c.std): raise ValueError(f'`std` divides the pixels, so it must not be 0: received {_quote(std)}')
     new = px.constants.then(c.scaled(1/scale)) if px.constants else c.scaled(px.factor/scale)
-    return replace(px, constants=new, is_float=True, sources=px.sources+(source,), uniform=px.uniform and c.n_in==1,
+    return replace(px, constants=new, is_float=True, sources=px.sources+(source,),
                    notes=px.notes+_small_mean(px, c, scale))
 
 def _small_mean(px, c, scale):
@@ -82,13 +87,15 @@ _erase = _mix_images = _geometry
 
 def _colour(px, step):
     "A step that expects, and clips to, the range of the pixels' type"
-    if px.constants: _refuse_step(step, 'comes after a Normalize and clips to [0,1] what was normalized, so no constants describe the result. Put it before the Normalize.')
+    if px.constants: _refuse_step(step, 'comes after a Normalize and clips to [0,1] what was normalized, so no constants describe '
+        'the result. Put it before the Normalize.')
     if not px.clippable: _refuse_step(step, f'clips floats to [0,1], and receives pixels in 0-{px.factor:.4g}. Scale them before it.')
     return px
 
 def _mix(px, step):
     "A step that computes one channel from others"
-    if px.constants: _refuse_step(step, 'comes after a Normalize and mixes channels that were normalized apart, so no constants describe the result.')
+    if px.constants: _refuse_step(step, 'comes after a Normalize and mixes channels that were normalized apart, so no constants '
+        'describe the result.')
     return px
 
 def _chance(step): return min(getattr(step, 'p_batch', 1), getattr(step, 'p', 1))
@@ -110,7 +117,8 @@ def _to_bytes(px, step, scale=True):
     "Float to 8-bit, times 255 where `scale`"
     if not px.is_float: return replace(px, is_float=False)
     factor = px.factor*(255 if scale else 1)
-    if px.constants or not isclose(factor, 255, rel_tol=1e-3): _refuse_step(step, 'makes 8-bit integers of floats that are not in the range they need.')
+    if px.constants or not isclose(factor, 255, rel_tol=1e-3): _refuse_step(step, 'makes 8-bit integers of floats that are not in '
+        'the range they need.')
     return replace(px, is_float=False, factor=255)
 
 def _keep_type(px, step): return px if px.is_float else replace(px, is_float=False)
@@ -170,7 +178,8 @@ def _albumentations_from_float(px, step):
 def _rescale(px, step):
     "kornia's multiplication by a constant"
     factor = float(step.factor)
-    if px.is_float is None and not isclose(factor, 1/255, rel_tol=.01): _refuse_step(step, f'multiplies by {factor:.4g}, and nothing before it says what range the pixels have.')
+    if px.is_float is None and not isclose(factor, 1/255, rel_tol=.01): _refuse_step(step, f'multiplies by {factor:.4g}, and '
+        'nothing before it says what range the pixels have.')
     return _rescaled(px, step, factor)
 
 def _times_255(px, step): return _rescaled(_assume_plain(px), step, 255)
@@ -179,7 +188,8 @@ def _over_255(px, step): return _rescaled(px, step, 1/255)
 def _reverse_channels(px, step):
     return replace(px, is_bgr=not px.is_bgr, constants=px.constants and px.constants.reverse())
 
-def _two_images(px, step): _refuse_step(step, 'states no mean and std of its own: optical flow models take pixels in [-1,1], so pass ((.5,.5,.5), (.5,.5,.5)).')
+def _two_images(px, step):
+    _refuse_step(step, 'states no mean and std of its own: optical flow models take pixels in [-1,1], so pass ((.5,.5,.5), (.5,.5,.5)).')
 
 # %% ../nbs/01a_transforms.ipynb #cfb8150d
 def _inside(step):
@@ -213,11 +223,13 @@ def know(
 
 # %% ../nbs/01a_transforms.ipynb #989ea1d7
 _tv = 'torchvision.transforms'
-know(_tv, _geometry, '''CenterCrop ElasticTransform FiveCrop GaussianBlur Identity Pad RGB RandomAffine RandomCrop RandomHorizontalFlip RandomIoUCrop
-    RandomPerspective RandomResize RandomResizedCrop RandomRotation RandomShortestSize RandomVerticalFlip RandomZoomOut Resize ScaleJitter TenCrop
-    ClampBoundingBoxes ClampKeyPoints ConvertBoundingBoxFormat SanitizeBoundingBoxes SanitizeKeyPoints SetClampingMode ToPureTensor
-    UniformTemporalSubsample''')
-know(_tv, _colour, '''AugMix AutoAugment ColorJitter GaussianNoise JPEG RandAugment RandomAdjustSharpness RandomAutocontrast RandomEqualize
+know(_tv, _geometry, '''
+    CenterCrop ElasticTransform FiveCrop GaussianBlur Identity Pad RGB RandomAffine RandomCrop RandomHorizontalFlip
+    RandomIoUCrop RandomPerspective RandomResize RandomResizedCrop RandomRotation RandomShortestSize RandomVerticalFlip
+    RandomZoomOut Resize ScaleJitter TenCrop ClampBoundingBoxes ClampKeyPoints ConvertBoundingBoxFormat SanitizeBoundingBoxes
+    SanitizeKeyPoints SetClampingMode ToPureTensor UniformTemporalSubsample''')
+know(_tv, _colour, '''
+    AugMix AutoAugment ColorJitter GaussianNoise JPEG RandAugment RandomAdjustSharpness RandomAutocontrast RandomEqualize
     RandomPhotometricDistort RandomPosterize RandomSolarize TrivialAugmentWide''')
 know(_tv, _mix, 'Grayscale RandomChannelPermutation RandomGrayscale')
 know(_tv, _invert, 'RandomInvert')
@@ -237,7 +249,7 @@ know('torch.nn', _geometry, 'Identity')
 know('builtins', _all, 'list tuple')
 
 # %% ../nbs/01a_transforms.ipynb #36dd78ab
-know('timm.data', _geometry, '''CenterCropOrPad RandomCropOrPad RandomPad RandomResizedCropAndInterpolation ResizeKeepRatio TrimBorder''')
+know('timm.data', _geometry, 'CenterCropOrPad RandomCropOrPad RandomPad RandomResizedCropAndInterpolation ResizeKeepRatio TrimBorder')
 know('timm.data', _colour, 'AugMixAugment AugmentOp AutoAugment RandAugment')
 know('timm.data', _erase, 'RandomErasing')
 know('timm.data', _to_float, 'MaybeToTensor')
@@ -252,18 +264,23 @@ know('torchxrayvision', _geometry, 'XRayCenterCrop XRayResizer')
 
 # %% ../nbs/01a_transforms.ipynb #5151ea0d
 _a = 'albumentations'
-know(_a, _geometry, '''Affine AtLeastOneBBoxRandomCrop BBoxSafeRandomCrop Blur CenterCrop CenterCrop3D Crop CropAndPad CropNonEmptyMaskIfExists
-    CubicSymmetry D4 ElasticTransform Flip GlassBlur GridDistortion GridElasticDeform HorizontalFlip LongestMaxSize Morphological Mosaic NoOp
-    OpticalDistortion Pad Pad3D PadIfNeeded PadIfNeeded3D Perspective PiecewiseAffine RandomCrop RandomCrop3D RandomCropFromBorders RandomCropNearBBox
-    RandomGridShuffle RandomResizedCrop RandomRotate90 RandomScale RandomSizedBBoxSafeCrop RandomSizedCrop Resize Rotate SafeRotate ShiftScaleRotate
-    SmallestMaxSize SquareSymmetry ThinPlateSpline TimeReverse ToRGB Transpose VerticalFlip''')
-know(_a, _erase, '''ChannelDropout CoarseDropout CoarseDropout3D ConstrainedCoarseDropout Cutout Erasing FrequencyMasking GridDropout MaskDropout
-    PixelDropout SaltAndPepper TimeMasking XYMasking''')
-know(_a, _colour, '''AdditiveNoise AdvancedBlur AutoContrast CLAHE ChromaticAberration ColorJitter Defocus Downscale Emboss Equalize FDA FancyPCA
-    GaussNoise GaussianBlur HEStain HistogramMatching HueSaturationValue ISONoise Illumination ImageCompression MedianBlur MotionBlur
-    MultiplicativeNoise OverlayElements PixelDistributionAdaptation PlanckianJitter PlasmaBrightnessContrast PlasmaShadow Posterize RGBShift
-    RandomBrightnessContrast RandomFog RandomGamma RandomGravel RandomRain RandomShadow RandomSnow RandomSunFlare RandomToneCurve RingingOvershoot
-    Sharpen ShotNoise Solarize Spatter Superpixels TextImage ToSepia UnsharpMask ZoomBlur''')
+know(_a, _geometry, '''
+    Affine AtLeastOneBBoxRandomCrop BBoxSafeRandomCrop Blur CenterCrop CenterCrop3D Crop CropAndPad CropNonEmptyMaskIfExists
+    CubicSymmetry D4 ElasticTransform Flip GlassBlur GridDistortion GridElasticDeform HorizontalFlip LongestMaxSize
+    Morphological Mosaic NoOp OpticalDistortion Pad Pad3D PadIfNeeded PadIfNeeded3D Perspective PiecewiseAffine RandomCrop
+    RandomCrop3D RandomCropFromBorders RandomCropNearBBox RandomGridShuffle RandomResizedCrop RandomRotate90 RandomScale
+    RandomSizedBBoxSafeCrop RandomSizedCrop Resize Rotate SafeRotate ShiftScaleRotate SmallestMaxSize SquareSymmetry
+    ThinPlateSpline TimeReverse ToRGB Transpose VerticalFlip''')
+know(_a, _erase, '''
+    ChannelDropout CoarseDropout CoarseDropout3D ConstrainedCoarseDropout Cutout Erasing FrequencyMasking GridDropout
+    MaskDropout PixelDropout SaltAndPepper TimeMasking XYMasking''')
+know(_a, _colour, '''
+    AdditiveNoise AdvancedBlur AutoContrast CLAHE ChromaticAberration ColorJitter Defocus Downscale Emboss Equalize FDA
+    FancyPCA GaussNoise GaussianBlur HEStain HistogramMatching HueSaturationValue ISONoise Illumination ImageCompression
+    MedianBlur MotionBlur MultiplicativeNoise OverlayElements PixelDistributionAdaptation PlanckianJitter
+    PlasmaBrightnessContrast PlasmaShadow Posterize RGBShift RandomBrightnessContrast RandomFog RandomGamma RandomGravel
+    RandomRain RandomShadow RandomSnow RandomSunFlare RandomToneCurve RingingOvershoot Sharpen ShotNoise Solarize Spatter
+    Superpixels TextImage ToSepia UnsharpMask ZoomBlur''')
 know(_a, _mix, 'ChannelShuffle ToGray')
 know(_a, _invert, 'InvertImg')
 know(_a, _keep_type, 'ToTensor3D ToTensorV2')
@@ -275,16 +292,19 @@ know(_a, _some, 'OneOf OneOrOther RandomOrder SelectiveChannelTransform SomeOf')
 
 # %% ../nbs/01a_transforms.ipynb #cefef283
 _k = 'kornia.augmentation'
-know(_k, _geometry, '''CenterCrop CenterCrop3D LongestMaxSize PadTo RandomAffine RandomAffine3D RandomBoxBlur RandomCrop RandomCrop3D
-    RandomDepthicalFlip3D RandomElasticTransform RandomFisheye RandomGaussianBlur RandomHorizontalFlip RandomHorizontalFlip3D RandomMedianBlur
-    RandomMotionBlur RandomMotionBlur3D RandomPerspective RandomPerspective3D RandomResizedCrop RandomRotation RandomRotation3D RandomRotation90
-    RandomShear RandomThinPlateSpline RandomTranslate RandomVerticalFlip RandomVerticalFlip3D Resize SmallestMaxSize''')
+know(_k, _geometry, '''
+    CenterCrop CenterCrop3D LongestMaxSize PadTo RandomAffine RandomAffine3D RandomBoxBlur RandomCrop RandomCrop3D
+    RandomDepthicalFlip3D RandomElasticTransform RandomFisheye RandomGaussianBlur RandomHorizontalFlip RandomHorizontalFlip3D
+    RandomMedianBlur RandomMotionBlur RandomMotionBlur3D RandomPerspective RandomPerspective3D RandomResizedCrop
+    RandomRotation RandomRotation3D RandomRotation90 RandomShear RandomThinPlateSpline RandomTranslate RandomVerticalFlip
+    RandomVerticalFlip3D Resize SmallestMaxSize''')
 know(_k, _erase, 'RandomChannelDropout RandomErasing RandomGaussianNoise RandomSaltAndPepperNoise')
 know(_k, _mix_images, 'PatchMix RandomCutMixV2 RandomJigsaw RandomMixUpV2 RandomMosaic RandomTransplantation RandomTransplantation3D')
-know(_k, _colour, '''ColorJiggle ColorJitter RandomAutoContrast RandomBrightness RandomClahe RandomContrast RandomEqualize RandomEqualize3D
-    RandomGamma RandomGaussianIllumination RandomHue RandomJPEG RandomLinearCornerIllumination RandomLinearIllumination RandomPlanckianJitter
-    RandomPlasmaBrightness RandomPlasmaContrast RandomPlasmaShadow RandomPosterize RandomRGBShift RandomRain RandomSaturation RandomSharpness
-    RandomSnow RandomSolarize''')
+know(_k, _colour, '''
+    ColorJiggle ColorJitter RandomAutoContrast RandomBrightness RandomClahe RandomContrast RandomEqualize RandomEqualize3D
+    RandomGamma RandomGaussianIllumination RandomHue RandomJPEG RandomLinearCornerIllumination RandomLinearIllumination
+    RandomPlanckianJitter RandomPlasmaBrightness RandomPlasmaContrast RandomPlasmaShadow RandomPosterize RandomRGBShift
+    RandomRain RandomSaturation RandomSharpness RandomSnow RandomSolarize''')
 know(_k, _mix, 'RandomChannelShuffle RandomGrayscale')
 know(_k, _invert, 'RandomInvert')
 know(_k, _all, 'AugmentationSequential ImageSequential VideoSequential')
@@ -335,7 +355,8 @@ readers = [] # Functions of one step that return its `NormStats`, or None
 
 def _registered(px, s, step):
     "`px` after a step whose constants are stated by `s`"
-    if px.is_float is False: _refuse_step(step, 'states constants for pixels in [0,1], and receives 8-bit pixels here: put a step that scales before it.')
+    if px.is_float is False: _refuse_step(step, 'states constants for pixels in [0,1], and receives 8-bit pixels here: put a step '
+        'that scales before it.')
     px = _normalized(_assume_plain(px), *s, s.source)
     return replace(px, uniform=px.uniform and s.uniform, notes=px.notes+s.notes)
 
@@ -347,14 +368,16 @@ def _follow(px, step):
     effect = _effect(step)
     if not effect: _refuse_unknown(step)
     new = effect(px, step)
-    if new!=px and (p := _chance(step))<1: _refuse_step(step, f'normalizes at random (p={p:g}), so it states no constants. Pass the Normalize you mean.')
+    if new!=px and (p := _chance(step))<1: _refuse_step(step, f'normalizes at random (p={p:g}), so it states no constants. Pass '
+        'the Normalize you mean.')
     return new
 
 def _refuse_unknown(step):
     kind = step if isinstance(step, FunctionType) else type(step)
     module,name = kind.__module__,kind.__name__
     raise ValueError(f'What {module}.{name} does to pixels is not known from here, so no constants can be read off.\n'
-        f"Pass the constants that the model was trained with, `(mean, std)`; or say what it is: `@expected_stats.register({name})` if it normalizes, "
+        f"Pass the constants that the model was trained with, `(mean, std)`; or say what it is: `@expected_stats.register({name})` "
+        "if it normalizes, "
         f"`fastai_normx.transforms.know({module!r}, 'geometry', {name!r})` if it leaves values as they are.")
 
 def read_chain(
