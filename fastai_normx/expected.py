@@ -20,7 +20,7 @@ from types import FunctionType,MethodType
 from fastcore.basics import ifnone,patch
 from torch import nn
 from .constants import Affine,families,grey,imagenet_pixels,short
-from .transforms import _floats,_quote,is_transform,known,read_chain,readers
+from .transforms import _floats,_quote,is_transform,known,read_chain,_readers
 
 # %% ../nbs/01_expected.ipynb #91e401a3
 class ExpectedStatsWarning(UserWarning): "The constants are usable, but something about them deserves a look"
@@ -281,7 +281,7 @@ def _stats_of(step):
     f = _resolve.dispatch(type(step))
     return None if f in map(_resolve.dispatch, _generic) else expected_stats(step)
 
-readers[:] = [_stats_of]
+_readers[:] = [_stats_of]
 
 # %% ../nbs/01_expected.ipynb #f943e47d
 @_resolve.register
