@@ -55,7 +55,9 @@ class NormStats(Affine):
         "Plain data, ready for JSON"
         return {k:list(v) if isinstance(v, tuple) else v for k,v in dataclasses.asdict(self).items()}
 
-    def spread(self, n:int):
+    def spread(self,
+        n:int # Number of channels
+    ):
         "The same for `n` channels, if one number is meant for all of them"
         if not self.uniform: return self
         wide = {k:v*n for k in ('mean','std','ref_mean','ref_std') if (v := getattr(self, k)) is not None}

@@ -343,7 +343,9 @@ def _library(step):
     for cls in type(step).__mro__:
         if _look_up(cls): return cls.__module__.partition('.')[0]
 
-def is_transform(o):
+def is_transform(
+    o # Anything
+)->bool:
     "Is `o` a transform, or a container of transforms, from a library known here?"
     if type(o).__module__.startswith(('builtins','torch.nn')) and _effect(o)==_all: return _no_weights(o) and any(map(is_transform, o))
     return _effect(o) is not None
