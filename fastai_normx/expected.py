@@ -8,32 +8,22 @@ Docs: https://fastai.github.io/fastai_normx/expected.html.md"""
 __all__ = ['ExpectedStatsWarning', 'NormStats', 'expected_stats']
 
 # %% ../nbs/01_expected.ipynb #163f9f93
-import dataclasses,difflib,json,math,os,re,sys,warnings
+import dataclasses,difflib,json,os,re,sys,warnings
 from enum import Enum
 from functools import cache,partial,singledispatch
 from importlib import import_module
 from importlib.metadata import version,PackageNotFoundError
 from numbers import Integral,Real
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType,MethodType
 
 from fastcore.basics import ifnone,patch
 from torch import nn
 from .constants import Affine,families,grey,imagenet_pixels,short
+from .transforms import _floats,_quote,is_transform,known,read_chain,_readers
 
 # %% ../nbs/01_expected.ipynb #91e401a3
 class ExpectedStatsWarning(UserWarning): "The constants are usable, but something about them deserves a look"
-
-def _floats(o, name):
-    "`o` (a number, sequence, array or tensor) as a tuple of finite floats"
-    if hasattr(o, 'tolist'): o = o.tolist()
-    while isinstance(o, (list,tuple)) and any(isinstance(p, (list,tuple)) for p in o): o = sum(map(list, o), [])
-    if isinstance(o, str) or isinstance(o, dict): o = [o]
-    try: res = tuple(float(p) for p in (o if hasattr(o, '__iter__') else [o]))
-    except (TypeError,ValueError): raise ValueError(f'`{name}` is one number per channel, for pixels scaled to [0,1]; received {o!r}') from None
-    if not res: raise ValueError(f'`{name}` is empty: give one number per channel')
-    if bad := [p for p in res if not math.isfinite(p)]: raise ValueError(f'`{name}` has {bad[0]}, received {res}: give finite numbers')
-    return res
 
 # %% ../nbs/01_expected.ipynb #b4ace6f6
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +35,7 @@ class NormStats(Affine):
     ref_mean:tuple=None # Channel means of the raw pixels seen in pretraining; None: not known
     ref_std:tuple=None # Their standard deviations over all pixels; None: not known
     notes:tuple=() # What a careful reader should know about the choice
+    uniform:bool=False # One number for every channel, however many there are?
 
     def __post_init__(self):
         for k in ('mean','std','ref_mean','ref_std'):
@@ -52,12 +43,25 @@ class NormStats(Affine):
         object.__setattr__(self, 'notes', tuple(self.notes))
         for a,b in (('mean','std'),('mean','ref_mean'),('mean','ref_std')):
             if (v := getattr(self, b)) is not None and len(v)!=self.n_in: raise ValueError(
-                f'`{a}` and `{b}` need the same length, one number per channel: received {self.n_in} and {len(v)}, {getattr(self, a)} and {v}')
+                f'`{a}` and `{b}` need the same length, one number per channel: received {self.n_in} and {len(v)}, '
+                f'{getattr(self, a)} and {v}')
+        if self.uniform and self.n_in>1: raise ValueError(f'`uniform` means one number for every channel: received {self.n_in}, '
+            f'{self.mean}')
         if any(s<=0 for s in self.std): raise ValueError(
             f'`std` divides the pixels, so it must be greater than 0: received {self.std}. For a channel that never changes use 1.')
 
     def __repr__(self): return f'NormStats(mean={short(self.mean)}, std={short(self.std)}, source={self.source!r})'
-    def to_dict(self): "Plain data, ready for JSON"; return {k:list(v) if isinstance(v, tuple) else v for k,v in dataclasses.asdict(self).items()}
+    def to_dict(self):
+        "Plain data, ready for JSON"
+        return {k:list(v) if isinstance(v, tuple) else v for k,v in dataclasses.asdict(self).items()}
+
+    def spread(self,
+        n:int # Number of channels
+    ):
+        "The same for `n` channels, if one number is meant for all of them"
+        if not self.uniform: return self
+        wide = {k:v*n for k in ('mean','std','ref_mean','ref_std') if (v := getattr(self, k)) is not None}
+        return dataclasses.replace(self, uniform=False, **wide)
 
 # %% ../nbs/01_expected.ipynb #0ec9fcdc
 def _user_level():
@@ -70,10 +74,12 @@ def _user_level():
 def _warn(msg, category=ExpectedStatsWarning): warnings.warn(msg, category, stacklevel=_user_level())
 
 # %% ../nbs/01_expected.ipynb #e2a9a8e0
-_takes = ('a timm name; a torchvision builder, weights entry or transform; a fastai architecture, Learner, DataLoaders or Normalize; a model; '
+_takes = ('a timm name; a torchvision builder, weights entry or transform; a fastai architecture, Learner, DataLoaders or '
+    'Normalize; a model; '
           'a Hugging Face processor; a config (dict, JSON file or model folder); or the two tuples themselves, `(mean, std)`')
 
-def _refuse(source): raise ValueError(f'expected_stats cannot read {type(source).__module__}.{type(source).__qualname__}: {str(source)[:120]!r}.\n'
+def _refuse(source): raise ValueError(
+    f'expected_stats cannot read {type(source).__module__}.{type(source).__qualname__}: {str(source)[:120]!r}.\n'
     f'It takes {_takes}.\nFor a type of your own: `@expected_stats.register(YourType)`.')
 
 _resolve = singledispatch(_refuse)
@@ -83,31 +89,57 @@ def _(source:NormStats): return source
 
 # %% ../nbs/01_expected.ipynb #67c8f6bc
 def _in_range(s): return 0<=min(s.mean) and max(s.mean)<=1
+def _is_identity(s): return s.same(Affine((0.,)*s.n_in, (1.,)*s.n_in), 1e-6)
 
 def _warn_range(s):
     hint = (f' These look like constants for pixels in 0-255: for [0,1] divide by 255, mean {short([m/255 for m in s.mean])} '
-            f'and std {short([o/255 for o in s.std])}.') if max(s.mean)>1 else ''
+            f'and std {short([o/255 for o in s.std])}.') if max(s.mean)>1 or min(s.std)>10 else ''
     _warn(f'mean {short(s.mean)}, std {short(s.std)}: pixels scaled to [0,1] have a mean in [0,1] and a std of at most 0.5.{hint} '
           'Used as given: this is right only if the model was trained so.')
 
+def _reversed_family(mean):
+    "Name of the family whose mean in reverse order is `mean`; None: of none"
+    if len(mean)!=3: return
+    off = {k:max(abs(a-b) for a,b in zip(mean, c.mean[::-1])) for k,c in families.items() if c.mean!=c.mean[::-1]}
+    name = min(off, key=off.get)
+    return name if off[name]<.0025 else None
+
+def _report_bgr(s, why, when):
+    "Warn and add a note that the model behind `s` expects BGR"
+    note = f'this model expects BGR, so reverse the channels {when} Normalize: `x[:, [2,1,0]]`'
+    _warn(f'{s.source}: {why}. Perhaps {note}. Constants alone cannot say.')
+    return dataclasses.replace(s, notes=s.notes+(note,))
+
+def _checked(s):
+    "`s`, with a warning if its constants are odd for pixels in [0,1], or for RGB"
+    if not _is_identity(s) and (max(s.std)>.5 or not _in_range(s)): _warn_range(s)
+    name = _reversed_family(s.mean)
+    return _report_bgr(s, f"{short(s.mean)} is {name}'s mean in reverse order", 'before') if name else s
+
 # %% ../nbs/01_expected.ipynb #a6a45244
+def _is_one(o): return isinstance(o, Real) and not isinstance(o, bool)
+
 @_resolve.register(tuple)
 @_resolve.register(list)
 def _(source):
-    if len(source)!=2: raise ValueError(f'A pair `(mean, std)` was expected, received {len(source)} values: {source!r}.'[:300] + ' Pass both in one: `imagenet_stats`, not `*imagenet_stats`.'*(len(source) in (1,3,4)))
-    s = NormStats(*source)
-    if max(s.std)>.5 or not _in_range(s): _warn_range(s)
-    return s
+    if any(callable(o) or is_transform(o) for o in source): return _from_transform(source)
+    if len(source)!=2: raise ValueError(f'A pair `(mean, std)` was expected, received {len(source)} values: {_quote(source)}.' +
+        ' Pass both in one: `imagenet_stats`, not `*imagenet_stats`.'*(len(source) in (1,3,4)))
+    if all(isinstance(o, str) for o in source): return _open_clip(*source)
+    return _checked(NormStats(*source, uniform=all(map(_is_one, source))))
 
 # %% ../nbs/01_expected.ipynb #98b71d35
 def _lib(name): return f'{name} {version(name)}'
+
+def _library(name):
+    "`_lib`, or the bare name of what is installed under another one"
+    try: return _lib(dict(open_clip='open_clip_torch').get(name, name))
+    except PackageNotFoundError: return name
 
 def _import(name, extra, why):
     "Import an optional library, or say which extra brings it"
     try: return import_module(name)
     except ImportError as e: raise ImportError(f"{why} needs {name}, which is not installed: pip install 'fastai_normx[{extra}]'") from e
-
-_is_bgr = lambda mean: tuple(round(m, 3) for m in mean)==(.406,.456,.485)
 
 def _ref(tag):
     "Mean and std of the raw pixels behind the weights called `tag`, or nothing where that is not known"
@@ -122,7 +154,7 @@ def _timm_stats(cfg, name):
         f"timm registers no pretrained weights for {name!r}, so the mean and std in its config are only defaults. "
         "If you trained the weights yourself, pass the constants you used: `(mean, std)`.")
     if c.get('tag') and '.' not in name: name = f"{name}.{c['tag']}"
-    return NormStats(c['mean'], c['std'], f"{_lib('timm')}: {name}", *_ref(c.get('tag')))
+    return NormStats(c.get('mean'), c.get('std'), f"{_lib('timm')}: {name}", *_ref(c.get('tag')))
 
 def _timm_note(arch, s):
     "Say so if other tags of `arch` expect other constants"
@@ -134,7 +166,8 @@ def _timm_note(arch, s):
 # %% ../nbs/01_expected.ipynb #5d90018c
 def _also_in_torchvision(arch):
     from torchvision import models as M
-    return f" torchvision has weights for its own {arch}: pass '{M.get_model_weights(arch).DEFAULT}' or the builder." if arch in M.list_models() else ''
+    if arch not in M.list_models(): return ''
+    return f" torchvision has weights for its own {arch}: pass '{M.get_model_weights(arch).DEFAULT}' or the builder."
 
 def _timm_name(name):
     "Constants of a timm model name, or None if timm does not know it"
@@ -170,7 +203,8 @@ def _report_conflict(s, arch):
     cfg,t = tm.get_pretrained_cfg(f'{arch}.tv_in1k'),M.get_model_weights(arch).IMAGENET1K_V1.transforms()
     if (tuple(cfg.mean),tuple(cfg.std))==(tuple(t.mean),tuple(t.std)): return s
     msg = (f"timm and torchvision disagree about the same {arch} weights: timm says {short(cfg.mean)} / {short(cfg.std)}, torchvision "
-           f"{short(t.mean)} / {short(t.std)}, which its model converts inside (`transform_input=True`). This answer is for {s.source.split(':')[0]}'s model.")
+           f"{short(t.mean)} / {short(t.std)}, which its model converts inside (`transform_input=True`). This answer is for "
+           f"{s.source.split(':')[0]}'s model.")
     _warn(msg)
     return dataclasses.replace(s, notes=s.notes+(msg,))
 
@@ -181,17 +215,22 @@ def _builders():
     from torchvision import models as M
     return {M.get_model_weights(n):n for n in M.list_models()}
 
+def _made(f):
+    "What the class or partial `f` makes"
+    try: return f()
+    except TypeError as e: raise ValueError(f'{_quote(f)} cannot be made without arguments ({e}): pass an instance') from None
+
 def _from_weights(w):
-    "Constants of a torchvision weights entry"
-    t = w.transforms()
-    if not hasattr(t, 'mean'): raise ValueError(f'The transforms of torchvision {w} state no mean and std: ' + (
-        'optical flow models take pixels in [-1,1], so pass ((.5,.5,.5), (.5,.5,.5)).' if type(t).__name__=='OpticalFlow'
-        else 'detection models normalize inside. Give them pixels in [0,1] and no `Normalize`.'))
-    s = _from_transform(t)
-    s = NormStats(*s, f"{_lib('torchvision')}: {w}", *_ref(w.name))
+    "Constants of a weights entry of torchvision, or of a library that uses its `WeightsEnum`"
+    t = w.transforms
+    if isinstance(t, (type,partial,FunctionType,MethodType)): t = _made(t)
+    s = _from_transform(t, f'The transforms of torchvision {w} state')
+    ref = _ref(w.name) if s.n_in==3 else ()
+    s = NormStats(*s, f"{_library(type(w).__module__.partition('.')[0])}: {w}", *ref, notes=s.notes, uniform=s.uniform)
     arch = _builders().get(type(w))
     if not _converts_input(arch): return _report_conflict(s, arch) if w.name=='IMAGENET1K_V1' else s
-    msg = (f"torchvision's {arch} takes these constants and converts them to 0.5 / 0.5 in its forward (`transform_input=True`); a body cut from it, "
+    msg = (f"torchvision's {arch} takes these constants and converts them to 0.5 / 0.5 in its forward (`transform_input=True`); a "
+        "body cut from it, "
            'as in `vision_learner`, does not, and expects 0.5 / 0.5: use `dls.normalize_for(learn)`, or pass ((.5,.5,.5), (.5,.5,.5))')
     if arch=='inception_v3': msg += '. timm, whose port never converts, says 0.5 / 0.5 for the same weights'
     _warn(msg)
@@ -215,39 +254,36 @@ def _(source:Enum):
     return _from_weights(source)
 
 # %% ../nbs/01_expected.ipynb #bd030ad4
-def _leaves(t):
-    "The transforms inside `Compose`, `Sequential` and lists, in order"
-    if isinstance(t, partial): t = t()
-    inner = t if isinstance(t, (list,tuple,nn.Sequential)) else getattr(t, 'transforms', None)
-    if inner is None: return [t]
-    res = [l for o in inner for l in _leaves(o)]
-    if type(t).__name__.startswith('Random') and any(_has_stats(l) for l in res): raise ValueError(
-        f'{type(t).__name__} normalizes at random, so it states no constants. Pass the Normalize you mean.')
-    return res
+_no_stats = dict(OpticalFlow='optical flow models take pixels in [-1,1], so pass ((.5,.5,.5), (.5,.5,.5)).',
+                 ObjectDetection='detection models normalize inside. Give them pixels in [0,1] and no `Normalize`.')
 
-def _has_stats(t): return hasattr(t, 'mean') and hasattr(t, 'std')
-
-def _makes_float(t):
-    "Whether transform `t` makes pixels float (True) or 8-bit (False); None: neither"
+def _from_transform(t, who=''):
+    "Constants of a chain of transforms, as they act on pixels scaled to [0,1]"
     kind = type(t).__name__
-    if kind in ('PILToTensor','ToImage','ToPILImage'): return False
-    if kind in ('ToTensor','MaybeToTensor'): return True
-    if kind not in ('ToDtype','ConvertImageDtype'): return
-    dts = t.dtype.values() if isinstance(t.dtype, dict) else [t.dtype]
-    return any(d is not None and d.is_floating_point for d in dts)
+    if kind in _no_stats: raise ValueError(f'{who or f"The transforms {_quote(t)} state"} no mean and std: {_no_stats[kind]}')
+    px = read_chain(t)
+    if not px.constants: raise ValueError(f'There is no Normalize in {_quote(t)}: nothing here states a mean and a std')
+    roots = {m.partition('.')[0] for m in known}
+    libs = dict.fromkeys(_library(o) if o in roots else o for o in px.sources)
+    s = NormStats(*px.constants, f'{" + ".join(libs)}: {kind}', notes=px.notes, uniform=px.uniform and px.constants.n_in==1)
+    for note in px.notes: _warn(f'{s.source}: {note}. Used as stated for 8-bit images; if yours are floats in [0,1], pass `(mean, std)`.')
+    return _report_bgr(s, 'it turns RGB into BGR', 'before') if px.is_bgr else _checked(s)
 
-def _from_transform(t):
-    "Constants of torchvision transforms, as they act on pixels scaled to [0,1]"
-    is_float,scale,res = False,1,None
-    for l in _leaves(t):
-        to_float = _makes_float(l)
-        if to_float and not is_float: scale = 1 if getattr(l, 'scale', True) else 255
-        if to_float is not None: is_float = to_float
-        if not _has_stats(l): continue
-        mean,std = (_floats(getattr(l, k), k) for k in ('mean','std'))
-        res = res.then(Affine(mean, std)) if res else Affine(mean, std).scaled(scale)
-    if not res: raise ValueError(f'There is no Normalize in {t}: nothing here states a mean and a std')
-    return NormStats(*res, f"{_lib('torchvision')}: {type(t).__name__}")
+# %% ../nbs/01_expected.ipynb #db074378
+_generic = object,nn.Module,tuple,list,dict,str,Path,Enum,FunctionType,partial,type
+
+def _load_fastai(o):
+    "Register fastai's types, if `o` is of one"
+    ours = 'fastai_normx.normalize'
+    if ours not in sys.modules and any(c.__module__.startswith('fastai.') for c in type(o).__mro__): return import_module(ours)
+
+def _stats_of(step):
+    "Constants of a step whose type is registered; None: it is not"
+    _load_fastai(step)
+    f = _resolve.dispatch(type(step))
+    return None if f in map(_resolve.dispatch, _generic) else expected_stats(step)
+
+_readers[:] = [_stats_of]
 
 # %% ../nbs/01_expected.ipynb #f943e47d
 @_resolve.register
@@ -258,16 +294,22 @@ def _(source:FunctionType):
         if source.__name__ in M.list_models(): return _from_weights(M.get_model_weights(source).DEFAULT)
     if mod=='timm' and (s := _timm_name(source.__name__)): return s
     from fastai.vision.learner import model_meta
-    if 'stats' in (meta := model_meta.get(source, {})): return NormStats(*meta['stats'], f"{_lib('fastai')}: {source.__name__}", *imagenet_pixels)
-    raise ValueError(f'No library states the constants of {source.__module__}.{source.__name__}: it is neither a torchvision builder, nor a timm model, '
+    meta = model_meta.get(source, {})
+    if 'stats' in meta: return NormStats(*meta['stats'], f"{_lib('fastai')}: {source.__name__}", *imagenet_pixels)
+    raise ValueError(f'No library states the constants of {source.__module__}.{source.__name__}: it is neither a torchvision '
+        'builder, nor a timm model, '
                      "nor in fastai's `model_meta`. Pass the constants it was trained with: `(mean, std)`.")
 
 @_resolve.register
 def _(source:partial):
-    if isinstance(source.func, type): return _from_transform(source)
+    if isinstance(source.func, type): return _resolve(_made(source))
     f,kw = source.func,source.keywords
+    smp = 'segmentation_models_pytorch'
+    if (getattr(f, '__module__', None) or '').partition('.')[0]==smp and 'mean' in kw:
+        return _from_config({'input_range':None} | kw, _library(smp))
     if kw.get('pretrained') is False or ('weights' in kw and kw['weights'] is None): raise ValueError(
-        f'{f.__name__} with {", ".join(f"{k}={v}" for k,v in kw.items())} has random weights, which expect no constants. Pass the weights entry, or `(mean, std)`.')
+        f'{f.__name__} with {", ".join(f"{k}={v}" for k,v in kw.items())} has random weights, which expect no constants. Pass the '
+        'weights entry, or `(mean, std)`.')
     if isinstance(tag := kw.get('pretrained_cfg'), str): return _resolve(f'{f.__name__}.{tag}')
     w = kw.get('weights')
     if isinstance(w, str):
@@ -278,6 +320,7 @@ def _(source:partial):
 @_resolve.register
 def _(source:type):
     if hasattr(source, 'DEFAULT'): return _resolve(source.DEFAULT)
+    if source.__module__.startswith('torchvision.transforms'): return _from_transform(_made(source))
     return _resolve.dispatch(object)(source)
 
 # %% ../nbs/01_expected.ipynb #da45bab2
@@ -309,8 +352,30 @@ def _(source:str):
     for f in (_timm_name, _tv_weights):
         if s := f(name): return s
     if name and os.path.exists(name): return _resolve(Path(name))
-    if s := _fastai_name(name) or _hub_name(name): return s
+    if s := _fastai_name(name) or _open_clip_name(name) or _hub_name(name): return s
     raise _unknown(name)
+
+# %% ../nbs/01_expected.ipynb #2086d548
+def _open_clip(model, tag):
+    "Constants of open_clip's pretrained `model` and `tag`"
+    try: oc = import_module('open_clip')
+    except ImportError: raise ValueError(f'{(model,tag)!r} is read as an open_clip model and tag, and open_clip is not installed: '
+        'pip install open_clip_torch') from None
+    tags = oc.list_pretrained_tags_by_model(model)
+    if not tags: raise ValueError(f'open_clip has no pretrained model {model!r}. Closest names: '
+        f'{", ".join(difflib.get_close_matches(model, dict(oc.list_pretrained()), 5, .4)) or "none"}. For constants, pass numbers: '
+        '`(mean, std)`.')
+    cfg = oc.get_pretrained_cfg(model, tag)
+    if not cfg: raise ValueError(f"open_clip's {model} has no pretrained tag {tag!r}. Its tags: {', '.join(tags)}")
+    return NormStats(cfg['mean'], cfg['std'], f"{_library('open_clip')}: {model}/{tag}", *_ref(tag))
+
+def _open_clip_name(name):
+    "Constants of `model/tag`, or None if open_clip has no such model"
+    model,slash,tag = name.partition('/')
+    if not slash or '/' in tag: return
+    try: oc = import_module('open_clip')
+    except ImportError: return
+    if oc.list_pretrained_tags_by_model(model): return _open_clip(model, tag)
 
 # %% ../nbs/01_expected.ipynb #cf7b5e06
 _config_files = 'preprocessor_config.json','processor_config.json','open_clip_config.json','config.json'
@@ -327,7 +392,8 @@ def _hub_name(name):
             try: return _resolve(Path(hub.hf_hub_download(repo, f)))
             except (hub.errors.EntryNotFoundError, ValueError) as e: tried.append(f'{f}: {str(e).splitlines()[0]}')
     except Exception as e: raise ValueError(
-        f'{name!r} looks like a Hugging Face repository, but its config could not be read: {type(e).__name__}. It is not in the local cache; '
+        f'{name!r} looks like a Hugging Face repository, but its config could not be read: {type(e).__name__}. It is not in the '
+        'local cache; '
         'check the name and the network, or pass a downloaded model folder, a processor object or `(mean, std)`.') from e
     raise ValueError(f'The Hugging Face repository {name!r} states no normalization in {", ".join(_config_files)}. Pass `(mean, std)`.')
 
@@ -348,19 +414,25 @@ def _channels(source):
 def _with_n_in(s, n_in, extra=None):
     "`s` for images of `n_in` channels"
     e = None if extra is None else expected_stats(extra)
-    if n_in is None: n_in = s.n_in + (e.n_in if e else 0)
-    if isinstance(n_in, bool) or not isinstance(n_in, Integral) or n_in<1: raise ValueError(f'`n_in` is a number of channels, 1 or more; received {n_in!r}')
-    if e and n_in<=s.n_in: raise ValueError(f'`extra` is for channels beyond the {s.n_in} of {s.source}, and n_in={n_in} has none: leave one of them out')
+    if e and s.uniform: raise ValueError(f'{s.source} states one number for every channel, {s.mean[0]:.4g}, so leave `extra` out')
+    if n_in is None and not e: return s
+    if n_in is None: n_in = s.n_in+e.n_in
+    if isinstance(n_in, bool) or not isinstance(n_in, Integral) or n_in<1: raise ValueError('`n_in` is a number of channels, 1 or '
+        f'more; received {n_in!r}')
+    if e and n_in<=s.n_in: raise ValueError(f'`extra` is for channels beyond the {s.n_in} of {s.source}, and n_in={n_in} has none: '
+        'leave one of them out')
     if e:
         if e.n_in not in (n_in, n_in-s.n_in): raise ValueError(
             f'`extra` has {e.n_in} channels, but with n_in={n_in} and {s.n_in} from {s.source} it needs {n_in-s.n_in} (or all {n_in})')
         k = e.n_in-(n_in-s.n_in)
         return NormStats(s.mean+e.mean[k:], s.std+e.std[k:], f'{s.source} + {n_in-s.n_in} from {e.source}', notes=s.notes+e.notes)
+    if s.uniform: return s.spread(n_in)
     if n_in==s.n_in: return s
     if n_in==1 and s.n_in==3: return dataclasses.replace(s, **{k:grey(getattr(s, k)) for k in ('mean','std','ref_mean','ref_std')},
         notes=s.notes+('n_in=1: the BT.601 grey of the three channels',))
     raise ValueError(f'{s.source} states {s.n_in} channels, so for n_in={n_in} ' + (
-        f'the other {n_in-s.n_in} must come from you: `extra=(mean, std)` with {n_in-s.n_in} values each, or `extra=Normalize.from_data(dls)`.'
+        f'the other {n_in-s.n_in} must come from you: `extra=(mean, std)` with {n_in-s.n_in} values each, or '
+        '`extra=Normalize.from_data(dls)`.'
         if n_in>s.n_in else f'there is no rule to choose by. Pass the constants: `(mean, std)` with {n_in} values each.'))
 
 # %% ../nbs/01_expected.ipynb #b4e238e0
@@ -380,11 +452,29 @@ expected_stats.register = _resolve.register
 def _hf_defaults(d, kind):
     "`d` completed with the defaults of the processor class it names"
     tf = _import('transformers', 'transformers', f'This config leaves values to the defaults of {kind}, and reading them')
+    if not isinstance(kind, str): raise ValueError(f'This config names the class of its processor as {_quote(kind)}: expected a '
+        'name such as ViTImageProcessor')
     kind = kind.replace('FeatureExtractor', 'ImageProcessor')
     cls = getattr(tf, kind, None) or getattr(tf, kind.removesuffix('Fast'), None)
-    if cls is None: raise ValueError(f"This config leaves values to the defaults of {kind}, which {_lib('transformers')} does not have. Pass `(mean, std)`.")
+    if cls is None: raise ValueError(f"This config leaves values to the defaults of {kind}, which {_lib('transformers')} does not "
+        "have. Pass `(mean, std)`.")
     try: return cls.from_dict(d).to_dict()
-    except Exception as e: raise ValueError(f"{_lib('transformers')}'s {kind} does not accept this config ({type(e).__name__}: {e}). Pass `(mean, std)`.") from e
+    except Exception as e: raise ValueError(f"{_lib('transformers')}'s {kind} does not accept this config ({type(e).__name__}: "
+        f"{e}). Pass `(mean, std)`.") from e
+
+def _flips(d, kind):
+    "Does this processor turn RGB into BGR?"
+    model = re.sub('(ImageProcessor|FeatureExtractor)(Fast|Pil)?$', '', str(kind))
+    if model in ('LayoutLMv2','PPLCNet','PPOCRV5ServerDet','PPOCRV6SmallRec','UVDoc'): return True  # in its code, with no setting
+    flip = d.get('do_flip_channel_order')
+    return model in ('MobileViT','Tvp') if flip is None else flip
+
+def _rescale(d, where):
+    "Factor and offset that a processor applies to 8-bit pixels"
+    f = d.get('rescale_factor', 1/255) if d.get('do_rescale', True) else 1
+    if not _is_one(f) or not f>0: raise ValueError(f'{where} has rescale_factor {_quote(f)}: expected a number greater than 0, '
+        'such as 1/255')
+    return f,1 if d.get('rescale_offset', d.get('offset', False)) and f!=1 else 0
 
 def _from_hf(d, where):
     "Constants of a Hugging Face image processor's dict, as it acts on 8-bit images"
@@ -393,37 +483,65 @@ def _from_hf(d, where):
     notes = ()
     if not stated and kind: d = dict(do_normalize=False) | {k:v for k,v in _hf_defaults(d, kind).items() if v is not None}
     elif not stated: notes = ('the config does not say how it rescales: read as 1/255, as nearly all processors do',)
-    f = d.get('rescale_factor', 1/255) if d.get('do_rescale', True) else 1
-    if not isinstance(f, Real) or not f>0: raise ValueError(f'{where} has rescale_factor {f!r}: expected a number greater than 0, such as 1/255')
-    off = 1 if d.get('rescale_offset', d.get('offset', False)) and f!=1 else 0
+    f,off = _rescale(d, where)
     mean,std = (d.get('image_mean'),d.get('image_std')) if d.get('do_normalize', True) else (0.,1.)
     if mean is None or std is None: raise ValueError(
-        f'{where} normalizes (`do_normalize`) but states no `image_mean` and `image_std`; its keys: {", ".join(d)}. Pass `(mean, std)`.')
+        f'{where} normalizes (`do_normalize`) but states no `image_mean` and `image_std`; its keys: {", ".join(map(str, d))}. Pass '
+        '`(mean, std)`.')
     mean,std = (_floats(o, k)*(1 if hasattr(o, '__iter__') else 3) for o,k in ((mean,'image_mean'),(std,'image_std')))
-    if d.get('include_top'): mean,std = Affine(mean, std).then(Affine((0,), std))  # EfficientNet's processor divides by std once more
-    if f==1 and max(mean)<=1 and d.get('do_normalize', True): _warn(
-        f'{where} has `do_rescale` off and a mean of {short(mean)}: applied to 8-bit images as it stands, it hardly shifts pixels in 0-255. '
-        f'Used as stated. If its images were scaled to [0,1] beforehand, pass `({short(mean)}, {short(std)})` instead.')
-    if d.get('do_flip_channel_order') or _is_bgr(mean):
-        notes += ('this model expects BGR, so reverse the channels after Normalize: `x[:, [2,1,0]]`',)
-        _warn(f'{where}: ' + ('the processor turns RGB into BGR' if d.get('do_flip_channel_order') else f"{short(mean)} is ImageNet's mean in reverse order") + f'. Perhaps {notes[-1]}. Constants alone cannot say.')
-    s = NormStats([(m+off)/(255*f) for m in mean], [s/(255*f) for s in std], f'{where}: {kind}' if kind else where, notes=notes)
+    c = NormStats(mean, std)
+    if d.get('include_top'): c = c.then(Affine((0,), std))  # EfficientNet's processor divides by std once more
+    if f==1 and max(c.mean)<=1 and d.get('do_normalize', True): _warn(
+        f'{where} has `do_rescale` off and a mean of {short(c.mean)}: applied to 8-bit images as it stands, it hardly shifts '
+        'pixels in 0-255. '
+        f'Used as stated. If its images were scaled to [0,1] beforehand, pass `({short(c.mean)}, {short(c.std)})` instead.')
+    s = NormStats([(m+off)/(255*f) for m in c.mean], [o/(255*f) for o in c.std], f'{where}: {kind}' if kind else where, notes=notes)
     if not _in_range(s): _warn_range(s)
-    return s
+    if _flips(d, kind): return _report_bgr(s, 'the processor turns RGB into BGR', 'after')
+    name = _reversed_family(mean)
+    return _report_bgr(s, f"{short(mean)} is {name}'s mean in reverse order", 'before') if name else s
 
 # %% ../nbs/01_expected.ipynb #0a970175
+def _own(d):
+    "What `NormStats.save` wrote, unless the constants beside it were changed later"
+    own = d.get('fastai_normx')
+    if not isinstance(own, dict): return
+    try: same = all(_floats(d.get(f'image_{k}'), k)==_floats(own.get(k), k) for k in ('mean','std'))
+    except ValueError: return
+    fields = {f.name for f in dataclasses.fields(NormStats)}
+    return NormStats(**{k:v for k,v in own.items() if k in fields}) if same else None
+
+def _input_range(d, where):
+    "What the pixels that a config's constants are for are multiplied by: 1, or 255 by its `input_range`"
+    r = d.get('input_range', [0,1])
+    if r is None: return 255  # segmentation_models_pytorch's functions do not scale then
+    try: ends = _floats(r, 'input_range')
+    except ValueError: ends = ()
+    if ends not in ((0,1),(0,255)): raise ValueError(f'{where} has input_range {_quote(r)}: expected [0, 1] or [0, 255]. Pass '
+        '`(mean, std)` for pixels in [0,1].')
+    return ends[1]
+
+def _is_bgr(d, where):
+    space = ifnone(d.get('input_space'), 'RGB')
+    if space not in ('RGB','BGR'): raise ValueError(f"{where} has input_space {_quote(space)}: expected 'RGB' or 'BGR'. Pass "
+        "`(mean, std)`.")
+    return space=='BGR'
+
 def _from_config(d, where):
     "Constants of a config `dict` from any of the libraries"
-    own = d.get('fastai_normx')
-    if isinstance(own, dict) and all(_floats(d.get(f'image_{k}'), k)==_floats(own.get(k), k) for k in ('mean','std')): return NormStats(**own)
+    if own := _own(d): return own
     for k in ('image_processor','preprocess_cfg','pretrained_cfg','data_config'):
         if isinstance(d.get(k), dict): return _from_config({'architecture':d.get('architecture'), **d[k]}, where)
     if {'image_mean','do_normalize','image_processor_type','feature_extractor_type'} & d.keys(): return _from_hf(d, where)
     if d.get('mean') is None or d.get('std') is None: raise ValueError(
-        f'{where} states no normalization: expected `mean` and `std`, or `image_mean` and `image_std`; its keys: {", ".join(map(str, d)) or "none"}'[:600])
-    name = '.'.join(d[k] for k in ('architecture','tag') if d.get(k))
-    mean,std = _resolve((d['mean'], d['std']))
-    return NormStats(mean, std, f'{where}: {name}' if name else where, *_ref(name))
+        f'{where} states no normalization: expected `mean` and `std`, or `image_mean` and `image_std`; its keys: '
+        f'{", ".join(map(str, d)) or "none"}'[:600])
+    name = '.'.join(str(d[k]) for k in ('architecture','tag') if d.get(k))
+    uniform = _is_one(d['mean']) and _is_one(d['std'])
+    c = NormStats(d['mean'], d['std']).scaled(_input_range(d, where))
+    ref = _ref(name) if c.n_in==3 else ()
+    s = NormStats(*c, f'{where}: {name}' if name else where, *ref, uniform=uniform)
+    return _report_bgr(s, "it says input_space='BGR'", 'before') if _is_bgr(d, where) else _checked(s)
 
 @_resolve.register
 def _(source:dict): return _from_config(source, 'a config')
@@ -436,12 +554,14 @@ def _(source:Path):
     p = Path(os.path.expanduser(source))
     if p.is_dir(): return _from_folder(p)
     if not p.exists(): raise FileNotFoundError(f'There is no file or folder {str(source)!r}')
-    if (n := p.stat().st_size) > _max_bytes: raise ValueError(f'{str(source)!r} has {n/2**20:.0f} MiB; a config has a few kB, so it was not read')
+    if (n := p.stat().st_size) > _max_bytes: raise ValueError(f'{str(source)!r} has {n/2**20:.0f} MiB; a config has a few kB, so '
+        'it was not read')
     try: d = json.loads(p.read_text(encoding='utf-8-sig'))
     except UnicodeDecodeError: raise ValueError(f'{str(source)!r} is not a text file: expected JSON, such as {_config_files[0]}') from None
     except RecursionError: raise ValueError(f'{str(source)!r} is nested too deeply to be a config') from None
     except json.JSONDecodeError as e: raise ValueError(f'{str(source)!r} is ' + ('empty' if not n else f'not valid JSON: {e}')) from None
-    if not isinstance(d, dict): raise ValueError(f'{str(source)!r} is JSON but not a config: expected an object {{...}}, received a {type(d).__name__}')
+    if not isinstance(d, dict): raise ValueError(f'{str(source)!r} is JSON but not a config: expected an object {{...}}, received '
+        f'a {type(d).__name__}')
     return _from_config(d, f'{p.parent.name}/{p.name}')
 
 def _from_folder(p):
@@ -451,43 +571,74 @@ def _from_folder(p):
         if not (p/f).exists(): continue
         try: found[f] = _resolve(p/f)
         except ValueError as e: tried.append(str(e))
-    if not found: raise ValueError(f'No config in the folder {str(p)!r} states a normalization. Looked for {", ".join(_config_files)}.' + ''.join(f'\n- {t}' for t in tried))
+    if not found: raise ValueError(f'No config in the folder {str(p)!r} states a normalization. Looked for '
+        f'{", ".join(_config_files)}.' + ''.join(f'\n- {t}' for t in tried))
     (first,s),*others = found.items()
     for f,o in others:
-        if tuple(o)!=tuple(s): _warn(f'{p.name}/{first} says {short(s.mean)} / {short(s.std)}, {f} beside it says {short(o.mean)} / {short(o.std)}. Used {first}.')
+        if tuple(o)!=tuple(s): _warn(f'{p.name}/{first} says {short(s.mean)} / {short(s.std)}, {f} beside it says {short(o.mean)} '
+            f'/ {short(o.std)}. Used {first}.')
     return s
 
 # %% ../nbs/01_expected.ipynb #26c1a6db
+_transform_modules = 'torchvision.transforms','albumentations','kornia.augmentation','kornia.enhance'
+
+def _holds_transforms(o): return isinstance(getattr(o, 'transforms', None), (list,tuple))
+
+def _reads_as_chain(o):
+    "Is `o` a transform, or so like one that the reader of chains should be the one to refuse it?"
+    return is_transform(o) or type(o).__module__.startswith(_transform_modules) or (_holds_transforms(o) and callable(o))
+
 @_resolve.register
 def _(source:object):
-    where = type(source).__name__
-    if 'fastai_normx.normalize' not in sys.modules and any(c.__module__.startswith('fastai.') for c in type(source).__mro__):
-        import_module('fastai_normx.normalize')  # where fastai's types are registered
-        return _resolve(source)
-    if (lib := type(source).__module__.partition('.')[0]) in ('transformers','timm','open_clip'): where = _lib(dict(open_clip='open_clip_torch').get(lib, lib))
-    if isinstance(getattr(source, 'transforms', None), (list,tuple)) or lib=='torchvision': return _from_transform(source)
+    if _load_fastai(source): return _resolve(source)
+    lib = type(source).__module__.partition('.')[0]
+    where = _library(lib) if lib in ('transformers','timm','open_clip') else type(source).__name__
+    if _reads_as_chain(source): return _from_transform(source)
     if type(source).__name__=='PretrainedCfg': return _timm_stats(source, source.architecture or 'a PretrainedCfg')
     if hasattr(source, 'image_processor'): return _resolve(source.image_processor)
     if hasattr(source, 'to_dict') and lib in ('transformers','timm'): return _from_config(source.to_dict(), where)
-    if dataclasses.is_dataclass(source) and not isinstance(source, type) and hasattr(source, 'mean'): return _from_config(dataclasses.asdict(source), where)
+    is_record = dataclasses.is_dataclass(source) and not isinstance(source, type)
+    if is_record and hasattr(source, 'mean'): return _from_config(dataclasses.asdict(source), where)
     _refuse(source)
 
 # %% ../nbs/01_expected.ipynb #f0ced374
+def _config_of(m):
+    "The constants that module `m` itself carries, or None"
+    if cfg := getattr(m, 'preprocess_cfg', None): return _from_config(dict(cfg), _library('open_clip'))
+    if cfg := getattr(m, 'pretrained_cfg', None):
+        d = cfg if isinstance(cfg, dict) else vars(cfg)
+        return _timm_stats(cfg, d.get('architecture') or type(m).__name__)
+    if type(m).__module__.startswith('torchxrayvision.'): return _xray(m)
+    has_range = isinstance(getattr(m, 'input_range', None), (list,tuple))  # pretrainedmodels
+    if has_range and getattr(m, 'mean', None) is not None: return _from_config(vars(m), type(m).__name__)
+
+def _xray(m):
+    "torchxrayvision: one channel in [-1024,1024]"
+    if getattr(m, 'weights', '') is None: raise ValueError(f'This {type(m).__name__} has random weights (weights=None), which '
+        'expect no constants. Pass `(mean, std)` if you trained it.')
+    return NormStats(.5, 1/2048, f"{_library('torchxrayvision')}: {type(m).__name__}, pixels in [-1024,1024]")
+
+def _configs(m):
+    "The constants that `m` or the outermost modules inside it carry"
+    if s := _config_of(m): return [s]
+    if type(m).__name__ in ('GeneralizedRCNNTransform','Normalize'): raise ValueError(
+        f'It normalizes inside ({type(m).__name__}): give it pixels in [0,1] and no `Normalize`')
+    return [s for o in m.children() for s in _configs(o)]
+
 @_resolve.register
 def _(source:nn.Module):
-    if all(type(l).__module__.startswith('torchvision.transforms') for l in _leaves(source)): return _from_transform(source)
-    found = []
-    for m in source.modules():
-        if type(m).__name__ in ('GeneralizedRCNNTransform','Normalize'): raise ValueError(
-            f'{type(source).__name__} normalizes inside ({type(m).__name__}): give it pixels in [0,1] and no `Normalize`')
-        if cfg := getattr(m, 'pretrained_cfg', None): found.append(_timm_stats(cfg, (cfg if isinstance(cfg, dict) else vars(cfg)).get('architecture') or type(m).__name__))
-        if cfg := getattr(m, 'preprocess_cfg', None): found.append(_from_config(dict(cfg), _lib('open_clip_torch')))
+    if _reads_as_chain(source): return _from_transform(source)
+    kind = type(source).__name__
+    try: found = _configs(source)
+    except ValueError as e: raise ValueError(f'{e}\nThis was read from a {kind}.') from None
     if len({tuple(s) for s in found})>1: raise ValueError(
-        f'This {type(source).__name__} holds pretrained models that expect different constants: {"; ".join(map(repr, found))}. Pass the one whose input you mean.')
+        f'This {kind} holds pretrained models that expect different constants: {"; ".join(map(repr, found))}. Pass the one whose '
+        'input you mean.')
     if found: return found[0]
     repo = getattr(getattr(source, 'config', None), 'name_or_path', None)
-    hint = f'its processor, `AutoImageProcessor.from_pretrained({repo!r})`' if repo else 'what it was created from: the weights entry, the builder or the name'
-    raise ValueError(f'A {type(source).__name__} does not record which weights it holds. Pass {hint}; or the constants, `(mean, std)`.')
+    hint = 'what it was created from: the weights entry, the builder or the name'
+    if repo: hint = f'its processor, `AutoImageProcessor.from_pretrained({repo!r})`'
+    raise ValueError(f'A {kind} does not record which weights it holds. Pass {hint}; or the constants, `(mean, std)`.')
 
 # %% ../nbs/01_expected.ipynb #cf062b6d
 @patch
@@ -498,9 +649,11 @@ def save(self:NormStats,
     "Write a `preprocessor_config.json` that transformers, timm and `expected_stats` read"
     p = Path(os.path.expanduser(path))
     if p.suffix!='.json': p = p/_config_files[0]
-    txt = json.dumps(dict(image_processor_type='ViTImageProcessor', do_resize=False, do_rescale=True, rescale_factor=1/255, do_normalize=True,
-                          image_mean=self.mean, image_std=self.std, mean=self.mean, std=self.std, fastai_normx=self.to_dict()), indent=1)+'\n'
-    if p.exists() and not overwrite and p.read_bytes()!=txt.encode(): raise FileExistsError(f'{str(p)!r} exists and says something else: pass overwrite=True to replace it')
+    d = dict(image_processor_type='ViTImageProcessor', do_resize=False, do_rescale=True, rescale_factor=1/255, do_normalize=True,
+             image_mean=self.mean, image_std=self.std, mean=self.mean, std=self.std, fastai_normx=self.to_dict())
+    txt = json.dumps(d, indent=1)+'\n'
+    if p.exists() and not overwrite and p.read_bytes()!=txt.encode(): raise FileExistsError(f'{str(p)!r} exists and says something '
+        'else: pass overwrite=True to replace it')
     p.parent.mkdir(parents=True, exist_ok=True)
     p.write_bytes(txt.encode())
     return p

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from timm.models import get_deprecated_models, get_pretrained_cfg, is_model_pretrained
 from torch import nn
 from torchvision import models as M, transforms as T
@@ -431,12 +431,15 @@ def test_json_round_trip(tmp_path_factory, ms, source, notes):
 
 
 def test_odd_pairs_warn_and_are_kept():
-    for pair in (((0.,)*3, (1.,)*3), ((.5,)*3, (.6,)*3), ((123., 117., 104.), (58., 57., 56.)), ((-.1,)*3, (.2,)*3)):
+    for pair in (((.5,)*3, (.6,)*3), ((123., 117., 104.), (58., 57., 56.)), ((-.1,)*3, (.2,)*3)):
         with pytest.warns(ExpectedStatsWarning, match='Used as given') as ws: s = expected_stats(pair)
         assert tuple(s) == pair and ws[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert expected_stats('mobilenetv5_300m.gemma3n' if timm.is_model('mobilenetv5_300m') else 'resnet50')  # a library's own 0/1 is no cause to warn
+        for same in (((0.,)*3, (1.,)*3), (0, 1), dict(mean=[0, 0, 0], std=[1, 1, 1]), dict(mean=0., std=1.), T.Normalize([0.]*3, [1.]*3), ([0], [1])):
+            s = expected_stats(same)
+            assert set(s.mean) == {0.} and set(s.std) == {1.}
 
 
 @pytest.mark.parametrize('mean,std,msg', [
@@ -488,3 +491,193 @@ def test_register_your_own():
     expected_stats.register(Entry, lambda source: source.norm)
     assert expected_stats(Entry('resnet50')) == expected_stats('resnet50')
     assert expected_stats(Entry((.5, .25))).n_in == 1
+
+
+# Channel order, ranges, and one number for every channel
+
+def test_every_processor_that_flips_channels_says_so():
+    "A red and a blue image through each processor tell whether it swaps them"
+    transformers, Image = pytest.importorskip('transformers'), pytest.importorskip('PIL.Image')
+    transformers.logging.set_verbosity_error()
+    flipping, straight = [], 0
+    for n in (n for n in dir(transformers) if re.search('ImageProcessor(Fast|Pil)?$', n)):
+        cls = getattr(transformers, n)
+        try:
+            p = cls(apply_ocr=False) if 'LayoutLM' in n else cls()
+            black, red = (np.asarray(p(Image.new('RGB', (256, 256), c), return_tensors='np')['pixel_values'], dtype=float) for c in ('black', 'red'))
+            axis, = (i for i, k in enumerate(red.shape) if k == 3)
+        except Exception: continue  # needs arguments or other libraries, or makes patches
+        flips = abs(np.moveaxis(red-black, axis, 0).reshape(3, -1)).max(1).argmax() == 2
+        with warnings.catch_warnings(record=True) as ws:
+            warnings.simplefilter('always')
+            s = expected_stats(p)
+            bare = p.to_dict()
+            bare.pop('do_flip_channel_order', None)
+            from_dict = expected_stats(bare)
+        said = any('BGR' in o for o in s.notes) and any('Perhaps this model expects BGR' in str(w.message) for w in ws)
+        assert said == flips and any('BGR' in o for o in from_dict.notes) == flips, n
+        if flips: flipping.append(n)
+        else: straight += 1
+    assert {'MobileViTImageProcessor'} <= set(flipping) and straight > 20
+    for n in ('UVDocImageProcessor', 'LayoutLMv2ImageProcessor'):
+        if hasattr(transformers, n): assert n in flipping
+
+
+bgr = (.406, .456, .485), (.225, .224, .229)
+
+@pytest.mark.parametrize('source', [
+    T.Compose([T.ToTensor(), T.Normalize(*bgr)]), [T.ToTensor(), v2.Normalize(*bgr)], bgr, dict(mean=bgr[0], std=bgr[1]), ((103.939/255, 116.779/255, 123.68/255), (1/255,)*3),
+    (families['CLIP'].mean[::-1], families['CLIP'].std[::-1]), dict(mean=[104/255, 117/255, 124/255], std=[1/255]*3),
+])
+def test_constants_in_reverse_order_are_reported_on_every_path(source):
+    with pytest.warns(ExpectedStatsWarning, match="(ImageNet|CLIP|DPN)'s mean in reverse order.*expects BGR, so reverse the channels before Normalize"): s = expected_stats(source)
+    assert 'expects BGR' in s.notes[-1]
+
+
+def test_the_right_order_is_not_reported():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for c in [*families.values(), ((.41, .46, .49), (.2,)*3), ((.5,)*3, (.5,)*3), ((.45,), (.2,))]: expected_stats(tuple(c))
+
+
+img = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+
+@pytest.mark.parametrize('d', [
+    dict(input_space='RGB', input_range=[0, 1], mean=[.485, .456, .406], std=[.229, .224, .225]), dict(input_space='RGB', input_range=[0, 255], mean=[124, 117, 104], std=[1, 1, 1]),
+    dict(input_space='BGR', input_range=[0, 255], mean=[104, 117, 124], std=[1, 1, 1]), dict(input_space='BGR', input_range=(0, 1), mean=[.4, .5, .6], std=[.1, .2, .3]),
+    dict(input_space=None, input_range=[0., 1.], mean=[.5]*3, std=[.5]*3), dict(input_range=[0, 255], mean=.5*255, std=.5*255),
+])
+@pytest.mark.parametrize('form', [dict, 'partial', 'json', 'model'])
+def test_segmentation_models_pytorch(d, form, tmp_path):
+    smp = pytest.importorskip('segmentation_models_pytorch')
+    f = partial(smp.encoders.preprocess_input, **d)
+    (tmp_path/'c.json').write_text(json.dumps(d))
+    m = nn.Conv2d(3, 8, 1)
+    m.__dict__.update(d)  # as pretrainedmodels and the encoders made from it do
+    if form == 'model' and not isinstance(d['mean'], list): pytest.skip('pretrainedmodels gives lists')
+    with warnings.catch_warnings(record=True) as ws:
+        warnings.simplefilter('always')
+        s = expected_stats({dict: d, 'partial': f, 'json': tmp_path/'c.json', 'model': m}[form])
+    bgr = d.get('input_space') == 'BGR'
+    assert bool([w for w in ws if "input_space='BGR'" in str(w.message)]) == bgr == any('reverse the channels before Normalize' in n for n in s.notes)
+    s = s.spread(3)
+    x = img[..., ::-1] if bgr else img
+    assert np.allclose(f(img.astype(float)), (x/255 - np.array(s.mean))/np.array(s.std))
+
+
+@pytest.mark.parametrize('d,msg', [
+    (dict(input_range=[-1, 1], mean=[.5], std=[.5]), r'input_range \[-1, 1\]: expected \[0, 1\] or \[0, 255\]'), (dict(input_range='full', mean=[.5], std=[.5]), "input_range 'full'"),
+    (dict(input_range=[], mean=[.5], std=[.5]), r'input_range \[\]'), (dict(input_space='HSV', mean=[.5], std=[.5]), "input_space 'HSV': expected 'RGB' or 'BGR'"),
+    (dict(input_space=3, mean=[.5], std=[.5]), 'input_space 3'), (dict(input_space=[1], mean=[.5], std=[.5]), r'input_space \[1\]'),
+])
+def test_odd_ranges_and_spaces_are_refused(d, msg):
+    with pytest.raises(ValueError, match=msg): expected_stats(d)
+
+
+def test_a_preprocessing_function_without_a_range():
+    smp = pytest.importorskip('segmentation_models_pytorch')
+    f = partial(smp.encoders.preprocess_input, mean=[120., 110., 100.], std=[60., 50., 40.])
+    s = expected_stats(f)
+    assert np.allclose(f(img.astype(float)), (img/255 - np.array(s.mean))/np.array(s.std))
+    with pytest.raises(ValueError): expected_stats(partial(smp.encoders.preprocess_input, mean=None, std=None))
+
+
+def test_one_number_for_every_channel(tmp_path):
+    for source in (T.Normalize((.5,), (.25,)), T.Compose([T.ToTensor(), T.Normalize([.5], [.25])]), dict(mean=.5, std=.25), (.5, .25), v2.Normalize([.5], [.25])):
+        s = expected_stats(source)
+        assert s.uniform and s.n_in == 1 and tuple(expected_stats(source, n_in=3)) == ((.5,)*3, (.25,)*3) and tuple(expected_stats(source, n_in=5)) == ((.5,)*5, (.25,)*5)
+        assert not expected_stats(source, n_in=3).uniform and NormStats(**s.to_dict()) == s
+        assert expected_stats(s.save(tmp_path/'u', overwrite=True)) == s and expected_stats(s) == s
+    for source in (((.5,), (.25,)), T.Normalize([.5]*3, [.25]*3), T.Normalize([.5], [.25]*3), dict(mean=[.5], std=[.25]), 'resnet50', T.Compose([T.ToTensor(), T.Normalize([0.], [1.]), T.Normalize(*imagenet)])):
+        assert not expected_stats(source).uniform
+    with pytest.raises(ValueError, match='no rule to choose by|must come from you'): expected_stats(((.5,), (.25,)), n_in=3)
+    with pytest.raises(ValueError, match='states one number for every channel, 0.5, so leave `extra` out'): expected_stats((.5, .25), n_in=4, extra=(.3, .2))
+    with pytest.raises(ValueError, match='one number for every channel'): NormStats(*imagenet, uniform=True)
+    s = NormStats(.5, .25, ref_mean=.4, ref_std=.2, uniform=True).spread(3)
+    assert s.ref_mean == (.4,)*3 and s.ref_std == (.2,)*3 and NormStats(*imagenet).spread(7).n_in == 3
+
+
+class Instances(M.WeightsEnum):
+    "As torchgeo's weights: `transforms` is an instance"
+    A = M._api.Weights('https://example.org/a.pth', T.Compose([T.ToTensor(), T.Normalize(*imagenet)]), {})
+    B = M._api.Weights('https://example.org/b.pth', nn.Sequential(v2.Resize(8), v2.Normalize([0.], [1.])), {})
+    C = M._api.Weights('https://example.org/c.pth', lambda: T.Normalize([.5]*3, [.25]*3), {})
+    D = M._api.Weights('https://example.org/d.pth', T.Compose([T.ToTensor(), T.Lambda(abs), T.Normalize(*imagenet)]), {})
+
+
+def test_weights_whose_transforms_are_an_instance():
+    assert tuple(expected_stats(Instances.A)) == imagenet and expected_stats(Instances.B, n_in=13).std == (1.,)*13 and expected_stats(Instances.C).std == (.25,)*3
+    assert str(Instances.A) in expected_stats(Instances.A).source
+    with pytest.raises(ValueError, match='Lambda does to pixels is not known'): expected_stats(Instances.D)
+
+
+def test_transforms_of_detection_and_flow_entries():
+    for w in (M.detection.FasterRCNN_ResNet50_FPN_Weights.DEFAULT, M.optical_flow.Raft_Large_Weights.DEFAULT):
+        want = 'detection models normalize inside' if 'RCNN' in str(w) else r'pixels in \[-1,1\], so pass \(\(.5,.5,.5\)'
+        for source in (w, w.transforms, w.transforms(), partial(w.transforms)):
+            with pytest.raises(ValueError, match=f'state no mean and std: .*{want}'): expected_stats(source)
+    with pytest.raises(ValueError, match='cannot be made without arguments'): expected_stats(T.Normalize)
+    with pytest.raises(ValueError, match='cannot be made without arguments'): expected_stats(partial(T.Normalize, mean=[.5]))
+    assert expected_stats(partial(T.Normalize, *imagenet)).mean == imagenet[0]
+
+
+@quiet
+def test_every_pretrained_open_clip_model():
+    open_clip = pytest.importorskip('open_clip')
+    for model, tag in open_clip.list_pretrained():
+        cfg = open_clip.get_pretrained_cfg(model, tag)
+        for source in ((model, tag), [model, tag], f'{model}/{tag}'):
+            s = expected_stats(source)
+            assert (s.mean, s.std) == (tuple(cfg['mean']), tuple(cfg['std'])) and s.source.endswith(f': {model}/{tag}'), source
+    assert tuple(expected_stats('ViT-B-32/laion2b-s34b-b79k')) == tuple(expected_stats(('ViT-B-32', 'laion2b_s34b_b79k')))  # open_clip takes either
+    for source in (('RN50', 'opnai'), 'RN50/opnai'):
+        with pytest.raises(ValueError, match="RN50 has no pretrained tag 'opnai'. Its tags: openai"): expected_stats(source)
+    with pytest.raises(ValueError, match="no pretrained model 'ViT-B32'. Closest names: .*ViT-B-32"): expected_stats(('ViT-B32', 'openai'))
+
+
+def test_open_clip_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'open_clip', None)
+    with pytest.raises(ValueError, match='pip install open_clip_torch'): expected_stats(('RN50', 'openai'))
+    assert E._open_clip_name('RN50/openai') is None
+
+
+def test_the_outer_config_of_an_open_clip_model_counts():
+    open_clip = pytest.importorskip('open_clip')
+    model = open_clip.create_model('MobileCLIP-S1')  # a trunk of timm's
+    assert hasattr(model.visual, 'trunk') and expected_stats(model.visual.trunk).source.startswith('timm')
+    model.visual.preprocess_cfg.update(mean=(.1, .2, .3), std=(.4, .3, .2))
+    for m in (model, model.visual, nn.Sequential(model.visual)): assert tuple(expected_stats(m)) == ((.1, .2, .3), (.4, .3, .2))
+
+
+def _xray(**kw):
+    "A class as torchxrayvision's, whose `utils.normalize` is `(2*x/255 - 1)*1024` (version 1.5.7)"
+    cls = type('DenseNet', (nn.Module,), dict(__module__='torchxrayvision.models'))
+    m = cls()
+    m.features = nn.Sequential(nn.Conv2d(1, 8, 3))
+    m.__dict__.update(kw)
+    return m
+
+
+def test_torchxrayvision():
+    x = np.arange(256.)
+    for m in (_xray(weights='densenet121-res224-all'), nn.Sequential(_xray(weights='densenet121-res224-all'), nn.Flatten())):
+        s = expected_stats(m)
+        assert s.n_in == 1 and 'torchxrayvision' in s.source and np.allclose((x/255-s.mean[0])/s.std[0], (2*x/255-1)*1024)
+    with pytest.raises(ValueError, match='random weights'): expected_stats(_xray(weights=None))
+    xrv = pytest.importorskip('torchxrayvision')
+    assert np.allclose(xrv.utils.normalize(x[None].astype(np.uint8), 255)[0], (2*x/255-1)*1024, atol=1e-3)
+    with pytest.raises(ValueError, match='random weights'): expected_stats(xrv.models.DenseNet())
+
+
+json_like = st.recursive(st.none() | st.booleans() | st.text(max_size=3) | st.floats() | st.integers() | st.just(10**400), lambda o: st.lists(o, max_size=3) | st.dictionaries(st.text(max_size=2), o, max_size=2), max_leaves=4)
+keys = st.sampled_from(['mean', 'std', 'image_mean', 'image_std', 'do_normalize', 'do_rescale', 'rescale_factor', 'rescale_offset', 'offset', 'include_top', 'do_flip_channel_order', 'input_space', 'input_range',
+                        'architecture', 'tag', 'fastai_normx', 'preprocess_cfg', 'pretrained_cfg', 'image_processor', 'data_config', 'image_processor_type', 'feature_extractor_type', 3, None])
+some_keys = st.dictionaries(keys, json_like, max_size=7) | st.fixed_dictionaries(dict(mean=json_like, std=json_like), optional=dict(tag=json_like, input_range=json_like, architecture=json_like))
+
+@quiet
+@settings(deadline=None, max_examples=400, suppress_health_check=list(HealthCheck))
+@given(some_keys | st.tuples(json_like, json_like) | st.lists(json_like, max_size=4))
+def test_odd_sources_are_a_value_error_or_constants(source):
+    try: s = expected_stats(source)
+    except (ValueError, FileNotFoundError) as e: assert str(e)
+    else: assert all(isinstance(v, float) for v in s.mean+s.std)
