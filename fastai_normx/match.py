@@ -52,6 +52,7 @@ def _case(
     net, # An `nn.Module`, or None: not known
     x=None, inputs=None, # A batch of images, and all arguments of the model
     n_in=None, dim=1,
+    channels=None, # Of the images, for constants that hold for any number of them
     **kwargs # Of `Case`
 )->Case:
     "What is to be judged"
@@ -60,6 +61,7 @@ def _case(
     except ValueError:
         if not found or not found.map: raise
         backbone = _from_inside(found)
+    if channels: backbone = backbone.spread(channels)
     if not found or not found.map or found.map.n_in!=backbone.n_in: return Case(backbone, found, **kwargs)
     return Case(_behind(backbone, found), found, backbone, **kwargs)
 
@@ -203,7 +205,9 @@ def stats_match(
                                         'Pass it, for example `stats_match(data, "resnet18")`, or `model=`.')
     with no_random(): sets,first,extra = _look(data, source, n_items, dim, n_in)
     _check_seen(sets)
-    case = _named(_case(source, model, *first, n_in, dim, model=model), expected, dls, 'learn.dls' if learn else 'dls')
+    channels = next(iter(sets.values()))[0].n_in
+    case = _case(source, model, *first, n_in, dim, channels, model=model)
+    case = _named(case, expected, dls, 'learn.dls' if learn else 'dls')
     report = judge(examine_all(sets, case.expected), case, extra)
     report.dls = dls if case.dls else None
     if _all_files(data) and report.applied:
@@ -223,7 +227,7 @@ def _check_seen(sets):
 def _look(data, source, n_items, dim, n_in):
     "`({set: (InputView, Testimony)}, (images, arguments of the model) of the first batch, extra findings)`"
     if _all_files(data):
-        E = expected_stats(source, n_in)
+        E = expected_stats(source, n_in).spread(3)
         view,extra = _view_files(data, E, n_items)
         return {'data':(view, Testimony(E, pixels='bytes', rgb=True))},(None,None),extra
     if isinstance(data, ChannelStats):
@@ -241,10 +245,11 @@ def _look(data, source, n_items, dim, n_in):
 
 def _n_in(source):
     "Channels that `source` expects; 3 for a model that does not say"
-    try: return expected_stats(source).n_in
+    try: E = expected_stats(source)
     except ValueError:
         if not isinstance(source, (Learner,nn.Module)): raise
         return 3
+    return 3 if E.uniform else E.n_in
 
 # %% ../nbs/03_match.ipynb #fa62218c
 @patch
@@ -341,7 +346,7 @@ def _start(self:StatsMatch, x):
     if asked is None and (why := _random(learn)):
         self._note(f'StatsMatch has nothing to compare: {why[0].lower()+why[1:]} {_use_own}')
         return False
-    case = _case(learn if asked is None else asked, learn.model, x, (tuple(learn.xb),{}), self.n_in, self.axis)
+    case = _case(learn if asked is None else asked, learn.model, x, (tuple(learn.xb),{}), self.n_in, self.axis, x.shape[self.axis])
     self._case = _named(case, asked, learn.dls, 'learn.dls')
     return True
 

@@ -22,9 +22,10 @@ from fastai.learner import Learner
 from fastai.torch_core import TensorImage,no_random
 from fastai.vision.core import PILBase
 from .constants import Affine,plain
-from .expected import _resolve,expected_stats
+from .expected import expected_stats
 from .normalize import _events
 from .stats import _is_file
+from .transforms import chain_map
 
 # %% ../nbs/03c_pipeline.ipynb #03c71e09
 _ours = 'fastai','fastai_normx'
@@ -144,9 +145,12 @@ def _fastai_testimony(dl, n):
 def _torch_testimony(dl, n):
     "`Testimony` of PyTorch's loader, if its dataset has transforms that can be read"
     rgb = surely_rgb(dl)
-    try: map = _resolve(_dataset(dl).transform)
-    except (AttributeError,ValueError): return Testimony(rgb=rgb)
-    return Testimony(Affine(*map) if map.n_in==n else map.then(plain.for_channels(n)), pixels='bytes' if rgb else None, rgb=rgb)
+    transform = getattr(_dataset(dl), 'transform', None)
+    if transform is None: return Testimony(rgb=rgb)
+    try: map = chain_map(transform)
+    except ValueError: return Testimony(unknown=(getattr(transform, '__name__', type(transform).__name__),), rgb=rgb)
+    if map.n_in not in (1,n): return Testimony(rgb=rgb)
+    return Testimony(plain.for_channels(n).then(map), pixels='bytes' if rgb else None, rgb=rgb)
 
 def _may_change(cb):
     "May the callback `cb` do anything to a batch?"

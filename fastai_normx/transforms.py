@@ -163,11 +163,18 @@ def _preset(px, step): return _normalize(_to_float(px, step), step)
 def _albumentations_normalize(px, step):
     mode = getattr(step, 'normalization', 'standard')
     if mode!='standard': _refuse_step(step, f'with normalization={mode!r} uses the statistics of each image, so it states no constants.')
-    return _normalized(px, *_stated(step), _library(step), step.max_pixel_value)
+    return _normalized(_deep(px, step.max_pixel_value), *_stated(step), _library(step), step.max_pixel_value)
+
+_greatest = 1023,4095,16383,65535 # Of 10, 12, 14 and 16 bits
+
+def _deep(px, top):
+    "`px` as integers up to `top`, if that is the greatest value of a depth above 8 bits: then the images are of that depth"
+    return replace(px, factor=top) if top in _greatest and not px.is_float else px
 
 def _albumentations_to_float(px, step):
     if px.is_float: return px
-    return replace(px, is_float=True, factor=255/(step.max_value or 255))
+    px,top = _deep(px, step.max_value),step.max_value or 255
+    return replace(px, is_float=True, factor=px.factor/top)
 
 def _albumentations_from_float(px, step):
     if str(step.dtype)!='uint8': _refuse_step(step, f'makes {step.dtype} of the pixels, and only uint8 and floats are followed here.')

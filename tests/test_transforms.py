@@ -43,7 +43,7 @@ def apply(t, x):
 
 def told(t, x, prepare=lambda x: x):
     "mean and std that map pixels scaled to [0,1] as `t` does, from black and white"
-    black, white = (apply(t, prepare(np.full_like(x, v))).reshape(3, -1)[:, 0] for v in (0, 255))
+    black, white = (apply(t, prepare(np.full_like(x, v))).reshape(3, -1)[:, 0] for v in (0, 255 if x.dtype == np.uint8 else 65535))
     return -black/(white-black), 1/(white-black)
 
 
@@ -69,7 +69,8 @@ albumentations = {
     'twice': A.Compose([A.Normalize(*imagenet), A.Normalize(*half, max_pixel_value=1.)]),
     'float first': A.Compose([A.ToFloat(), A.Normalize(*imagenet, max_pixel_value=1.)]),
     'float first, divided again': A.Compose([A.ToFloat(), A.Normalize(*imagenet)]),
-    'float by 65535': A.Compose([A.ToFloat(max_value=65535), A.Normalize(*imagenet, max_pixel_value=1.)]),
+    '16 bits, float': A.Compose([A.ToFloat(max_value=65535), A.Normalize(*imagenet, max_pixel_value=1.)]),
+    '16 bits': A.Normalize(*imagenet, max_pixel_value=65535),
     'to float and back': A.Compose([A.ToFloat(), A.FromFloat(), A.Normalize(*imagenet)]),
     'nested': A.Compose([A.Sequential([A.CenterCrop(8, 8), A.Normalize(*imagenet)], p=1)]),
     'one number': A.Normalize(.5, .25),
@@ -83,7 +84,7 @@ albumentations = {
 @pytest.mark.parametrize('name', albumentations)
 def test_albumentations_acts_as_stated(name):
     t = albumentations[name]
-    want = told(t, x)
+    want = told(t, x.astype(np.uint16) if '16 bits' in name else x)
     assert same(expected_stats(t), want) and same(Affine(*chain_map(t)) if chain_map(t).n_in == 3 else expected_stats(t), want)
     assert expected_stats(t).source.startswith('albumentations')
 
@@ -331,7 +332,7 @@ def test_fastai_normalize_in_a_chain():
 def test_what_a_dataset_transform_does():
     plain = Affine((0.,), (1.,))
     for t, want in ((T.ToTensor(), plain), (T.Compose([T.Resize(8), T.ToTensor()]), plain), (T.Resize(8), Affine((0.,), (1/255,))), (T.PILToTensor(), Affine((0.,), (1/255,))),
-                    (v2.ToDtype(torch.float32, scale=False), Affine((0.,), (1/255,))), (A.ToFloat(max_value=65535), Affine((0.,), (257.,))), (A.Normalize(*half), Affine(*half)), ([], Affine((0.,), (1/255,)))):
+                    (v2.ToDtype(torch.float32, scale=False), Affine((0.,), (1/255,))), (A.ToFloat(max_value=65535), plain), (A.Normalize(*half), Affine(*half)), ([], Affine((0.,), (1/255,)))):
         assert chain_map(t).same(want, 1e-9), t
     with pytest.raises(ValueError, match='halve does to pixels is not known'): chain_map(T.Compose([T.ToTensor(), halve]))
 
