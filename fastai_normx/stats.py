@@ -104,6 +104,7 @@ def _state(n, m, sq, lo, hi, bad):
     "Fold `_moments`, `[N,C]` each, over the images"
     N = n.sum(0)
     mean = (n*m).sum(0)/N.clamp(min=1)
+    mean = mean.where(mean.isfinite(), (n/N.clamp(min=1)*m).sum(0)) # the sum overflowed
     own,d = sq/n.clamp(min=1),m-mean
     b = n*torch.stack([torch.ones_like(d), d, own+d*d])
     return _capped(dict(mean=mean, pixels=N, dev=b[2].sum(0), gram=(b[:,None]*b).sum(2).permute(2, 0, 1), min=lo.amin(0), max=hi.amax(0),
@@ -292,9 +293,10 @@ def _images(b):
 def _hist_moments(h):
     "`_moments` from counts of the values 0 to 255, an array `[N,C,256]`"
     v,n,seen = np.arange(256)/255,h.sum(-1),h>0
-    m = np.einsum('ncv,v->nc', h, v)/n
-    sq = np.einsum('ncv,ncv->nc', h, (v-m[...,None])**2)
-    return [torch.from_numpy(o).double() for o in (n, m, sq, seen.argmax(-1)/255, (255-seen[...,::-1].argmax(-1))/255, 0*n)]
+    lo,hi = seen.argmax(-1)/255,(255-seen[...,::-1].argmax(-1))/255
+    m = np.where(lo==hi, lo, np.einsum('ncv,v->nc', h, v)/n)
+    sq = np.where(lo==hi, 0, np.einsum('ncv,ncv->nc', h, (v-m[...,None])**2))
+    return [torch.from_numpy(o).double() for o in (n, m, sq, lo, hi, 0*n)]
 
 def _histogram(f, mode):
     "Counts of each value, per channel, of the image file `f`, and whether it holds more than 8 bits; the error if it cannot be read"

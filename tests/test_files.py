@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from fastai.vision.all import (CategoryBlock, ColReader, DataBlock, DataLoaders, Datasets, ImageBlock, ImageDataLoaders, IndexSplitter, Learner, PILImage, PILImageBW,
-    PILMask, TfmdDL, TfmdLists, Transform, get_image_files, noop)
+    PILMask, TfmdDL, TfmdLists, ToTensor, Transform, get_image_files, noop)
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 from torchvision.datasets import FakeData, ImageFolder
@@ -204,7 +204,7 @@ def from_df(path):
 
 def from_datasets(path):
     fs = get_image_files(path)
-    return Datasets(fs, [[lambda f: str(f), PILImage.create], [lambda f: f.parent.name]], splits=split(fs)).dataloaders(bs=2, num_workers=0, after_item=noop)
+    return Datasets(fs, [[lambda f: str(f), PILImage.create], [lambda f: f.parent.name]], splits=split(fs)).dataloaders(bs=2, num_workers=0, after_item=ToTensor)
 
 
 def two_inputs(path):
