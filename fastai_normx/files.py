@@ -189,7 +189,7 @@ def _folder_files(ds):
     if not samples or not _is_file(samples[0][0]): return None
     return _Behind(len(samples), lambda i: samples[i][0], 'RGB')
 
-def _inputs(dl, ds):
+def _inputs(ds):
     "The `TfmdLists` of a fastai dataset that give a model's inputs"
     if isinstance(ds, TfmdLists): return [ds]
     tls = list(getattr(ds, 'tls', ()))
@@ -201,7 +201,7 @@ def files_behind(
     "The image files that Pillow opens for a loader's dataset; no pixel is read, and no random number drawn"
     try:
         ds = dl if isinstance(dl, (Dataset,TfmdLists)) else dl.dataset
-        found = [_fastai_files(tl) for tl in _inputs(dl, ds)] or [_folder_files(ds)]
+        found = [_fastai_files(tl) for tl in _inputs(ds)] or [_folder_files(ds)]
         return next((f for f in found if f), None)
     except Exception: return None # a dataset of another make: we do not know
 
