@@ -8,17 +8,19 @@ Docs: https://fastai.github.io/fastai_normx/normalize.html.md"""
 __all__ = []
 
 # %% ../nbs/02_normalize.ipynb #7eefb589
-import dataclasses
+import dataclasses,math
+from copy import copy
 from itertools import chain
+from numbers import Real
 
 import torch
 from torchvision import models as M
-from fastcore.basics import patch
+from fastcore.basics import camel2snake,patch
 from fasttransform import Pipeline,Transform
 from fastai.data.core import DataLoaders
-from fastai.data.transforms import Normalize
+from fastai.data.transforms import IntToFloatTensor,Normalize
 from fastai.learner import Learner
-from fastai.torch_core import TensorImage
+from fastai.torch_core import TensorImage,no_random
 from .constants import imagenet_pixels
 from .stats import data_stats
 from .expected import NormStats,expected_stats,_converts_input,_lib,_resolve,_warn
@@ -44,7 +46,9 @@ def from_pretrained(cls:Normalize,
     return _with_stats(cls, expected_stats(source, n_in, extra), dim, ndim, cuda)
 
 # %% ../nbs/02_normalize.ipynb #f33ebfbf
-def _flat(b): return list(chain.from_iterable(map(_flat, b))) if isinstance(b, (tuple,list)) else [b]
+def _flat(b):
+    "What fastai's transforms reach of a batch: they go into tuples and lists, not into dicts"
+    return list(chain.from_iterable(map(_flat, b))) if isinstance(b, (tuple,list)) else [b]
 
 def _check_batch(nrm, b):
     "Raise if the images in `b` cannot be meant for the constants in `nrm`; warn if there is no image to normalize"
@@ -72,6 +76,59 @@ _events = 'after_item','before_batch','after_batch'
 
 def _has_pipeline(dl): "Is there an `after_batch` that `Normalize` can be put into?"; return isinstance(getattr(dl, 'after_batch', None), Pipeline)
 
+def _take_out(dl, cls):
+    "`(pipeline, transform)` of each `cls` in the pipelines of `dl`, which hold none afterwards"
+    found = []
+    for p in (getattr(dl, e) for e in _events):
+        found += [(p,t) for t in p.fs if isinstance(t, cls)]
+        p.fs = p.fs.filter(lambda t: not isinstance(t, cls))
+        for k in [k for k,t in vars(p).items() if isinstance(t, cls)]: del p.__dict__[k]
+        p.__dict__.pop(camel2snake(cls.__name__), None) # a list if there were several
+    return found
+
+def _put_in(p, t):
+    "Add `t` to the pipeline `p`, where it is also found by name"
+    p.add(t)
+    setattr(p, camel2snake(type(t).__name__), t)
+
+def _divide_by(dl, div):
+    "Exactly one `IntToFloatTensor` for `dl`, which divides by `div`: a copy of the first one that was there, in its place, or a new one"
+    found = _take_out(dl, IntToFloatTensor)
+    p,t = found[0] if found else (dl.after_batch,IntToFloatTensor())
+    t = copy(t)
+    t.div = div
+    _put_in(p, t)
+
+# %% ../nbs/02_normalize.ipynb #2fea1295
+def _gets_bytes(dl):
+    "Do 8-bit images, black and white aside, reach the batch transforms of `dl`, as one item shows?"
+    try:
+        with no_random(): item = dl.do_item(0)
+    except Exception: return False
+    return any(isinstance(o, TensorImage) and o.dtype==torch.uint8 and o.max()>1 for o in _flat(item))
+
+def _divisor(dl):
+    "What the pipelines of `dl` divide pixels by; None: not known, or nothing"
+    ts = [t for e in _events[1:] for t in getattr(dl, e).fs]
+    if any(type(t).__module__.partition('.')[0] not in ('fastai','fasttransform') for t in ts): return None
+    divs = [t.div for t in ts if isinstance(t, IntToFloatTensor)]
+    return math.prod(divs) if divs else None
+
+def _warn_divisor(dls, s):
+    "Warn if the constants `s` are for [0,1] and 8-bit pixels are not brought there"
+    if max(*s.mean, *s.std)>1: return # for pixels in 0-255
+    odd = [div for dl in dls.loaders if (div := _divisor(dl)) is not None and abs(div/255-1)>.01 and _gets_bytes(dl)]
+    if odd: _warn(f'normalize_for put the constants of {s.source} there, which are for pixels in [0,1], but IntToFloatTensor divides 8-bit pixels by '
+                  f'{" or ".join(f"{d:g}" for d in dict.fromkeys(odd))}. Pass `div=255` too: `dls.normalize_for(..., div=255)`.')
+
+# %% ../nbs/02_normalize.ipynb #eedd05e1
+def _check_normalizable(dls, div):
+    if not dls.loaders: raise ValueError('This DataLoaders holds no loader to normalize')
+    if odd := [type(dl).__name__ for dl in dls.loaders if not _has_pipeline(dl)]: raise ValueError(
+        f'normalize_for needs fastai loaders with an `after_batch` pipeline; this DataLoaders holds {", ".join(odd)}. Normalize in their dataset instead.')
+    if div is not None and (isinstance(div, bool) or not isinstance(div, Real) or not 0<div<math.inf): raise ValueError(
+        f'`div` is the value of white, a number above 0, e.g. 255 for 8-bit pixels; received {div!r}')
+
 @patch
 def normalize_for(self:DataLoaders,
     source, # What names or holds the backbone: all that `expected_stats` takes
@@ -79,19 +136,17 @@ def normalize_for(self:DataLoaders,
     ndim:int=4, # Number of axes of a batch: 4 for images, 5 for video
     cuda:bool=True, # Put the constants on the default device?
     *, n_in:int=None, # Channels of your images; None: as the source says
-    extra=None # `(mean, std)` of the channels after the third, or a source for all `n_in` of them
+    extra=None, # `(mean, std)` of the channels after the third, or a source for all `n_in` of them
+    div:float=None # Make `IntToFloatTensor` divide the pixels by this, adding one where there is none; None: leave it as it is
 )->DataLoaders: # The same object
     "Put exactly one `Normalize`, with the constants that `source` expects, on every loader"
-    if not self.loaders: raise ValueError('This DataLoaders holds no loader to normalize')
-    if odd := [type(dl).__name__ for dl in self.loaders if not _has_pipeline(dl)]: raise ValueError(
-        f'normalize_for needs fastai loaders with an `after_batch` pipeline; this DataLoaders holds {", ".join(odd)}. Normalize in their dataset instead.')
+    _check_normalizable(self, div)
     nrm = Normalize.from_pretrained(source, dim, ndim, cuda, n_in=n_in, extra=extra)
     for dl in self.loaders:
-        for p in (getattr(dl, e) for e in _events):
-            p.fs = p.fs.filter(lambda t: not isinstance(t, Normalize))
-            p.__dict__.pop('normalize', None)
-        dl.after_batch.add(nrm)
-        dl.after_batch.normalize = nrm
+        _take_out(dl, Normalize)
+        if div is not None: _divide_by(dl, div)
+        _put_in(dl.after_batch, nrm)
+    if div is None: _warn_divisor(self, NormStats(**nrm.norm_stats))
     return self
 
 # %% ../nbs/02_normalize.ipynb #4efbd427

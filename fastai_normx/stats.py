@@ -8,7 +8,8 @@ Docs: https://fastai.github.io/fastai_normx/stats.html.md"""
 __all__ = ['DataStatsWarning', 'ChannelStats', 'data_stats']
 
 # %% ../nbs/00_stats.ipynb #fde9ee19
-import json,math
+import dataclasses,json,math
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing,nullcontext
 from itertools import chain,islice
@@ -19,20 +20,28 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader as TorchDL,Dataset,IterableDataset
 from fastcore.basics import defaults,patch
+from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 from fasttransform import Pipeline
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
-from fastai.data.transforms import IntToFloatTensor,Normalize,get_image_files
+from fastai.data.transforms import IntToFloatTensor,Normalize
 from .expected import _warn
+from .files import _files,_holds_files,_is_deep,_is_file,_measure,_open,deep_behind
 
 # %% ../nbs/00_stats.ipynb #59e5068c
 class DataStatsWarning(UserWarning): "Statistics were computed, but not from what you may think"
+
+def _plain_array(x):
+    "`x` in the order of bytes and with the steps that torch takes; a copy only if it must be"
+    if not x.dtype.isnative: x = x.astype(x.dtype.newbyteorder('='))
+    return np.ascontiguousarray(x) if min(x.strides, default=0)<0 else x
 
 def _pixels(x, dim):
     "`x` as a plain tensor `[N,C,pixels]`, or an error"
     if not isinstance(x, (Tensor,np.ndarray)): raise ValueError(
         f'ChannelStats.of takes a batch of images as a tensor or array, received {type(x).__name__}: stack the images first, or pass their loader to `data_stats`.')
+    if isinstance(x, np.ndarray): x = _plain_array(x)
     x = torch.as_tensor(x).detach().as_subclass(Tensor)
     if not 2<=x.ndim<=5 or not -x.ndim<=dim<x.ndim or dim%x.ndim==0: raise ValueError(
         f'ChannelStats.of takes a batch [N,C,...] of 2 to 5 axes, images on axis 0 and channels on axis dim={dim}; received shape {tuple(x.shape)}. '
@@ -48,7 +57,7 @@ def _moments(x):
     d = x.double() if x.is_floating_point() else x.double()/255
     ok = d.isfinite()
     n = ok.sum(-1).double()
-    m = d.where(ok, 0.).sum(-1)/n.clamp(min=1)
+    m = (d.where(ok, 0.)/n.clamp(min=1)[...,None]).sum(-1)
     sq = (d-m[...,None]).where(ok, 0.).square_().sum(-1)
     return n,m,sq,d.where(ok, torch.inf).amin(-1),d.where(ok, -torch.inf).amax(-1),d.shape[-1]-n
 
@@ -87,14 +96,19 @@ def _zeros(c):
     z = torch.zeros(c, dtype=torch.float64)
     return dict(mean=z, pixels=z, dev=z, gram=z.new_zeros(c,3,3), min=z+torch.inf, max=z-torch.inf, nonfinite=z, images=z, within=z)
 
+def _capped(s):
+    "The state `s` with inf for sums of squares that overflowed: values beyond 1e150 have a mean, and error bars of inf"
+    return dict(s, **{k:s[k].nan_to_num(nan=torch.inf, posinf=torch.inf) for k in ('dev','gram','within')})
+
 def _state(n, m, sq, lo, hi, bad):
     "Fold `_moments`, `[N,C]` each, over the images"
     N = n.sum(0)
     mean = (n*m).sum(0)/N.clamp(min=1)
+    mean = mean.where(mean.isfinite(), (n/N.clamp(min=1)*m).sum(0)) # the sum overflowed
     own,d = sq/n.clamp(min=1),m-mean
     b = n*torch.stack([torch.ones_like(d), d, own+d*d])
-    return dict(mean=mean, pixels=N, dev=b[2].sum(0), gram=(b[:,None]*b).sum(2).permute(2, 0, 1), min=lo.amin(0), max=hi.amax(0),
-                nonfinite=bad.sum(0), images=(n>0).sum(0).double(), within=own.sqrt().sum(0))
+    return _capped(dict(mean=mean, pixels=N, dev=b[2].sum(0), gram=(b[:,None]*b).sum(2).permute(2, 0, 1), min=lo.amin(0), max=hi.amax(0),
+                        nonfinite=bad.sum(0), images=(n>0).sum(0).double(), within=own.sqrt().sum(0)))
 
 # %% ../nbs/00_stats.ipynb #6525ca61
 class ChannelStats:
@@ -121,7 +135,10 @@ def _field(f):
     return property(lambda self: f(self._s).cpu(), doc=f.__doc__)
 
 def _no_pixels(v, s): return v.where(s['pixels']>0, torch.nan)
-def _se(var, s): return (var.clamp(min=0)*s['images']/(s['images']-1)).sqrt().where(s['images']>1, torch.inf)/s['pixels'].clamp(min=1)
+def _se(var, s):
+    "Standard error from `var`, a sum over images; inf if squares overflowed"
+    res = (var.clamp(min=0)*s['images']/(s['images']-1)).sqrt()/s['pixels'].clamp(min=1)
+    return res.where((s['images']>1)&~res.isnan(), torch.inf)
 
 def _mean(s): "Mean over all finite pixels"; return _no_pixels(s['mean'], s)
 def _std(s): "Population standard deviation over all finite pixels"; return (s['dev']/s['pixels']).sqrt()
@@ -164,7 +181,13 @@ def __add__(self:ChannelStats, o:ChannelStats):
     mean = a['mean'] + (b['mean']-a['mean'])*b['pixels']/(a['pixels']+b['pixels']).clamp(min=1)
     res = {k:a[k]+b[k] for k in ('pixels','nonfinite','images','within')}
     res['dev'],res['gram'] = (p+q for p,q in zip(_recentre(a, mean), _recentre(b, mean)))
-    return ChannelStats(len(self)+len(o), dict(res, mean=mean, min=torch.minimum(a['min'], b['min']), max=torch.maximum(a['max'], b['max'])))
+    res = _capped(dict(res, mean=mean, min=torch.minimum(a['min'], b['min']), max=torch.maximum(a['max'], b['max'])))
+    return ChannelStats(len(self)+len(o), res)
+
+@patch
+def __radd__(self:ChannelStats, o):
+    "`sum` starts from 0"
+    return self if isinstance(o, int) and o==0 else NotImplemented
 
 # %% ../nbs/00_stats.ipynb #63d2c3ad
 def _constants(s, mean, std):
@@ -243,10 +266,19 @@ def margin(self:ChannelStats,
     return torch.stack([self.sem, self.std_sem])*t
 
 # %% ../nbs/00_stats.ipynb #ebbb38bd
+def _inside(b):
+    "What the container `b` holds: a tuple, list, mapping, anything with `keys`, `values` and `items`, or a dataclass; None if it is none of them"
+    if isinstance(b, (tuple,list,L)): return list(b)
+    if isinstance(b, Mapping): return list(b.values())
+    if isinstance(b, type): return None
+    if dataclasses.is_dataclass(b): return [getattr(b, f.name, None) for f in dataclasses.fields(b)]
+    if all(callable(getattr(b, k, None)) for k in ('keys','values','items')): return list(b.values())
+    return None
+
 def _leaves(b):
-    "All tensors and arrays in nested tuples, lists and dicts"
+    "All tensors and arrays in `b`, whatever containers they are in"
     if isinstance(b, (Tensor,np.ndarray)): return [b]
-    return list(chain.from_iterable(map(_leaves, b.values() if isinstance(b, dict) else b))) if isinstance(b, (tuple,list,dict)) else []
+    return [t for o in _inside(b) or () for t in _leaves(o)]
 
 def _is_pixels(t): "Floats or bytes?"; return 'float' in str(t.dtype) or str(t.dtype).split('.')[-1]=='uint8'
 
@@ -261,25 +293,27 @@ def _images(b):
 def _hist_moments(h):
     "`_moments` from counts of the values 0 to 255, an array `[N,C,256]`"
     v,n,seen = np.arange(256)/255,h.sum(-1),h>0
-    m = np.einsum('ncv,v->nc', h, v)/n
-    sq = np.einsum('ncv,ncv->nc', h, (v-m[...,None])**2)
-    return [torch.from_numpy(o).double() for o in (n, m, sq, seen.argmax(-1)/255, (255-seen[...,::-1].argmax(-1))/255, 0*n)]
+    lo,hi = seen.argmax(-1)/255,(255-seen[...,::-1].argmax(-1))/255
+    m = np.where(lo==hi, lo, np.einsum('ncv,v->nc', h, v)/n)
+    sq = np.where(lo==hi, 0, np.einsum('ncv,ncv->nc', h, (v-m[...,None])**2))
+    return [torch.from_numpy(o).double() for o in (n, m, sq, lo, hi, 0*n)]
 
 def _histogram(f, mode):
-    "Counts of each value, per channel, of the image file `f`; the error if it cannot be read"
-    from PIL import Image
+    "Counts of each value, per channel, of the image file `f`, and whether it holds more than 8 bits; the error if it cannot be read"
     try:
-        with Image.open(f) as im: return im.convert(mode).histogram()
+        with _open(f) as im: return im.convert(mode).histogram(),_is_deep(im)
     except Exception as e: return e
 
-def _file_stats(files, mode, n_items, broken):
-    "`ChannelStats` of 64 files at a time, until `n_items` were readable; the others go to `broken`"
+def _file_stats(files, mode, n_items, broken, deep):
+    "`ChannelStats` of 64 files at a time, until `n_items` were readable; the others go to `broken`, those with more than 8 bits also to `deep`"
     files,got = iter(files),0
     with ThreadPoolExecutor(min(16, defaults.cpus)) as ex:
         while fs := list(islice(files, 64 if n_items is None else min(64, n_items-got))):
-            hs = list(ex.map(lambda f: _histogram(f, mode), fs))
-            broken += [(f,h) for f,h in zip(fs, hs) if isinstance(h, Exception)]
-            if hs := [h for h in hs if not isinstance(h, Exception)]: yield ChannelStats(len(hs), _state(*_hist_moments(np.array(hs).reshape(len(hs), -1, 256))))
+            read = list(zip(fs, ex.map(lambda f: _histogram(f, mode), fs)))
+            broken += [(f,h) for f,h in read if isinstance(h, Exception)]
+            deep += [f for f,h in read if not isinstance(h, Exception) and h[1]]
+            hs = [h[0] for _,h in read if not isinstance(h, Exception)]
+            if hs: yield ChannelStats(len(hs), _state(*_hist_moments(np.array(hs).reshape(len(hs), -1, 256))))
             got += len(hs)
 
 # %% ../nbs/00_stats.ipynb #8266da2e
@@ -309,27 +343,22 @@ def _torch_source(dl, order, partly):
     return (b for b in TorchDL(dl.dataset, bs, sampler=idxs, **kw)),len(idxs)/bs,True
 
 # %% ../nbs/00_stats.ipynb #f60ce7f6
-def _is_file(o): return isinstance(o, (str,Path))
-
-def _files(data):
-    "The image files that `data`, a folder, file or list of files, stands for"
-    if not _is_file(data): return list(data)
-    if not Path(data).exists(): raise ValueError(f'data_stats takes a folder of images, and {str(data)!r} does not exist: check the path.')
-    if fs := list(get_image_files(data)) if Path(data).is_dir() else [data]: return fs
-    raise ValueError(f'data_stats found no image files in {str(data)!r} or below: check the path, or pass the list of files.')
-
-def _source(data, order, partly, raw, mode, n_items, broken):
-    "Batches of `data`, how many there are at most (None: unknown), and whether they come in random order if only part is read"
+def _first_loader(data):
+    "The training set's loader of a `DataLoaders` or `Learner`; else `data` itself"
     data = getattr(data, 'dls', data)
-    if isinstance(data, DataLoaders): data = data.train
+    return data.train if isinstance(data, DataLoaders) else data
+
+def _source(data, order, partly, raw, mode, n_items, broken, deep=None):
+    "Batches of `data`, how many there are at most (None: unknown), and whether they come in random order if only part is read"
+    data = _first_loader(data)
     if isinstance(data, (Tensor,np.ndarray)): data = [data]
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset): data = TorchDL(data, batch_size=64)
     if isinstance(data, DataLoader): return _fastai_source(data, order, raw)
     if isinstance(data, TorchDL): return _torch_source(data, order, partly)
-    if _is_file(data) or (hasattr(data, '__getitem__') and hasattr(data, '__len__') and len(data) and not isinstance(data, dict) and _is_file(data[0])):
+    if _holds_files(data):
         fs = order(_files(data))
-        return _file_stats(fs, mode, n_items, broken),min(len(fs), n_items or len(fs))/64,True
-    if not hasattr(data, '__iter__') or isinstance(data, dict): raise ValueError(f'data_stats cannot read {type(data).__name__}. It takes a DataLoaders, a fastai or PyTorch loader, '
+        return _file_stats(fs, mode, n_items, broken, [] if deep is None else deep),min(len(fs), n_items or len(fs))/64,True
+    if not hasattr(data, '__iter__') or not isinstance(data, (tuple,list,L)) and _inside(data) is not None: raise ValueError(f'data_stats cannot read {type(data).__name__}. It takes a DataLoaders, a fastai or PyTorch loader, '
         'a Learner, a folder or list of image files, or an iterable of batches: for one batch pass `[batch]`.')
     return (b for b in data),len(data) if hasattr(data, '__len__') else None,False
 
@@ -344,14 +373,15 @@ def _check_args(n_items, tol, confidence, mode):
                         ('mode', mode, mode in _modes, f'one of Pillow\'s 8-bit modes, {" ".join(_modes)}')):
         if not ok: raise ValueError(f'`{k}` is {what}; received {v!r}')
 
-def _say(broken, n, short, margin, tol, n_items):
-    "One warning for what a reader of the statistics should know"
+def _say(broken, n, short, margin, tol, n_items, deep=None):
+    "One warning for what a reader of the statistics should know; `deep`: `DeepFiles` or None"
     msgs = []
     if broken: msgs.append(f'{len(broken)} of {len(broken)+n} image files could not be read and were left out: '
         + ', '.join(f'{Path(f).name} ({type(e).__name__})' for f,e in broken[:10]) + (', ...' if len(broken)>10 else '') + '.')
     if short=='order': msgs.append(f'Stopped after {n} images, in the order in which the data came: the margin tol={tol} holds only if that order is random. '
         'Shuffle the data first, or pass a loader with a dataset that can be indexed.')
     if short=='n_items': msgs.append(f'n_items={n_items} images were read before tol={tol} was reached: means and stds are known to within {margin:.3g}. Raise n_items, or leave it out.')
+    if deep: msgs.append(f'{deep} These statistics are of what is left. To open them scaled to 8 bits:\n{deep.advice}')
     if msgs: _warn(' '.join(msgs), DataStatsWarning)
 
 # %% ../nbs/00_stats.ipynb #d8577ed3
@@ -368,11 +398,11 @@ def data_stats(
 )->ChannelStats:
     "Channel statistics of the images in `data`, or of as many as it takes"
     _check_args(n_items, tol, confidence, mode)
-    broken,res,look,stop,partly = [],ChannelStats(),_min_items,None,bool(n_items or tol)
+    broken,deep,res,look,stop,partly = [],[],ChannelStats(),_min_items,None,bool(n_items or tol)
     def order(idxs):
         idxs = list(idxs)
         return [idxs[i] for i in torch.randperm(len(idxs), generator=torch.Generator().manual_seed(seed)).tolist()] if partly else idxs
-    batches,total,random = _source(data, order, partly, raw, mode, n_items, broken)
+    batches,total,random = _source(data, order, partly, raw, mode, n_items, broken, deep)
     bar = progress_bar(batches, total='noinfer' if total is None else math.ceil(total), leave=False) if progress else batches
     with closing(batches):
         for b in bar:
@@ -386,5 +416,6 @@ def data_stats(
     if not len(res): raise ValueError(f'data_stats could read none of the {len(broken)} image files; {Path(broken[0][0]).name}: {broken[0][1]}' if broken else
                                       'data_stats found no images: the data are empty. Pass at least one batch.')
     short = 'order' if stop=='tol' and not random else 'n_items' if stop=='n_items' and tol else None
-    _say(broken, len(res), short, tol and res.margin(confidence).max().item(), tol, n_items)
+    found = _measure(deep, len(res), mode) if deep else None if _holds_files(data) else deep_behind(_first_loader(data))
+    _say(broken, len(res), short, tol and res.margin(confidence).max().item(), tol, n_items, found)
     return res

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import timm
 import torch
-from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, ImageBlock, Learner, Normalize, PILImage, PILImageBW, RandomSplitter, RegexLabeller,
-    TensorImage, TensorMask, aug_transforms, get_image_files, imagenet_stats, model_meta, noop, unet_learner, vision_learner)
+from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, ImageBlock, IntToFloatTensor, Learner, Normalize, PILImage, PILImageBW, RandomSplitter, RegexLabeller,
+    TensorImage, TensorMask, Transform, aug_transforms, get_image_files, imagenet_stats, model_meta, noop, unet_learner, vision_learner)
+from PIL import Image
 from torch.utils.data import DataLoader as TorchLoader
 from torchvision import models as M
 
-from fastai_normx.all import ExpectedStatsWarning, expected_stats
+from fastai_normx.all import DataStatsWarning, ExpectedStatsWarning, expected_stats
 
 imagenet = tuple(map(tuple, imagenet_stats))
 fastai_leaves_out = [n for n in M.list_models(module=M) if getattr(M, n) not in model_meta]
@@ -284,3 +285,155 @@ def test_on_a_gpu(photo_dls):
     x = dls.one_batch()[0]
     assert x.is_cuda and x.min() < -1
     assert dls.normalize_for('tf_efficientnet_lite0').one_batch()[0].is_cuda
+
+
+# The scale of the pixels
+
+def at_model(dls): return [dl.new(shuffle=False, drop_last=False).one_batch()[0].double().cpu().numpy() for dl in dls.loaders]
+
+
+def want(dls, mean, std, div=255.):
+    res = []
+    for dl in dls.loaders:
+        x = np.stack([np.asarray(dl.dataset[i][0]) for i in range(min(dl.bs, len(dl.dataset)))]).astype(np.float64)
+        x = (x if x.ndim == 4 else x[..., None]).transpose(0, 3, 1, 2)/div
+        res.append((x-np.reshape(mean, (1, -1, 1, 1)))/np.reshape(std, (1, -1, 1, 1)))
+    return res
+
+
+def check_at_model(dls, mean, std, div=255.):
+    for got, right in zip(at_model(dls), want(dls, mean, std, div)): np.testing.assert_allclose(got, right, atol=2e-5, rtol=1e-5)
+
+
+def divs(dl): return [t.div for e in ('after_item', 'before_batch', 'after_batch') for t in getattr(dl, e).fs if isinstance(t, IntToFloatTensor)]
+
+
+class Half(Transform):
+    order = 12
+    def encodes(self, x: TensorImage): return x/2
+
+
+pipelines = {'1': [IntToFloatTensor(div=1)], '65535': [IntToFloatTensor(div=65535)], '255': [], 'twice': [IntToFloatTensor(), IntToFloatTensor(order=11)], 'normalized': [IntToFloatTensor(div=1), Normalize.from_stats([.1], [.9], cuda=False)],
+    'order': [IntToFloatTensor(div=1, order=20)], '255*255': [IntToFloatTensor(div=255*255)]}
+
+
+@pytest.mark.parametrize('tfms', pipelines.values(), ids=pipelines)
+def test_div_puts_pixels_in_0_1(photo_dls, tfms):
+    dls = photo_dls(*tfms)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', ExpectedStatsWarning)
+        assert dls.normalize_for('resnet50', div=255) is dls
+    check_at_model(dls, *imagenet)
+    for dl in dls.loaders:
+        assert divs(dl) == [255] and len(normalizes(dl)) == 1 and dl.after_batch.int_to_float_tensor.div == 255
+        assert [type(t) for t in dl.after_batch.fs if isinstance(t, (IntToFloatTensor, Normalize))] == [IntToFloatTensor, Normalize]
+    dls.normalize_for('tf_efficientnet_lite0', div=51)
+    check_at_model(dls, [.5]*3, [.5]*3, 51)
+
+
+def test_div_adds_a_division_where_there_is_none(photo_dls):
+    dls = photo_dls()
+    for dl in dls.loaders:
+        dl.after_batch.fs = dl.after_batch.fs.filter(lambda t: not isinstance(t, IntToFloatTensor))
+        dl.after_batch.__dict__.pop('int_to_float_tensor', None)
+    check_at_model(dls.normalize_for('resnet50', div=255), *imagenet)
+    assert all(divs(dl) == [255] for dl in dls.loaders)
+
+
+def test_div_mends_a_division_among_the_item_transforms(photo_dls):
+    dls = photo_dls(item_tfms=[IntToFloatTensor(div=1, order=30), ])
+    assert [len(divs(dl)) for dl in dls.loaders] == [2, 2]
+    check_at_model(dls.normalize_for('resnet50', div=255), *imagenet)
+
+
+def test_div_for_grey_images_and_one_constant(photo_dls):
+    dls = photo_dls(IntToFloatTensor(div=1), grey=True)
+    check_at_model(dls.normalize_for(((.5,), (.25,)), div=255), [.5], [.25])
+    dls = photo_dls(IntToFloatTensor(div=1), grey=True)
+    dls.normalize_for('resnet50', n_in=1, div=255)
+    check_at_model(dls, *(sum(w*v for w, v in zip((.299, .587, .114), o)) for o in imagenet))
+
+
+def test_div_leaves_the_callers_own_transforms_and_augmentation_alone(photo_dls):
+    own, aug = IntToFloatTensor(div=1), aug_transforms()
+    dls = photo_dls(own, *aug)
+    was = [type(t) for t in dls.train.after_batch.fs]
+    dls.normalize_for('resnet50', div=255)
+    assert own.div == 1 and [type(t) for t in dls.train.after_batch.fs] == [*was, Normalize]
+    again = photo_dls(own)
+    assert divs(again.train) == [1]
+    shown = dls.valid.show_batch(show=False)[0]
+    assert (shown.float()-photo_dls().valid.show_batch(show=False)[0].float()).abs().max() <= 1
+
+
+@pytest.mark.parametrize('div', [1, 65535, 255*255, 2**16, 127.5, 250])
+def test_another_divisor_is_said_with_what_mends_it(photo_dls, div):
+    dls, state = photo_dls(IntToFloatTensor(div=div)), torch.get_rng_state()
+    with pytest.warns(ExpectedStatsWarning, match=f'divides 8-bit pixels by {div:g}. Pass `div=255`') as ws: dls.normalize_for('resnet50')
+    assert len([w for w in ws if w.category is ExpectedStatsWarning]) == 1 and ws[-1].filename == __file__ and len(str(ws[-1].message).split()) <= 40
+    assert divs(dls.train) == [div] and torch.equal(state, torch.get_rng_state())
+    check_at_model(dls, *imagenet, div)  # as asked for
+
+
+def test_two_divisions_in_a_row_are_said(photo_dls):
+    with pytest.warns(ExpectedStatsWarning, match='divides 8-bit pixels by 65025'): photo_dls(IntToFloatTensor(order=11), IntToFloatTensor()).normalize_for('resnet50')
+
+
+def tensor_dls(x, *tfms):
+    items = [(TensorImage(o), 0) for o in x]
+    return DataLoaders.from_dsets(items, items, bs=4, num_workers=0, after_batch=list(tfms), device='cpu', shuffle=False)
+
+
+@pytest.mark.parametrize('make', [lambda f: f(), lambda f: f(IntToFloatTensor(div=256)), lambda f: f(IntToFloatTensor(div=1), Half()),
+    lambda f: tensor_dls(torch.rand(8, 3, 8, 8), IntToFloatTensor(div=1)), lambda f: tensor_dls((torch.rand(8, 3, 8, 8)*65535).int(), IntToFloatTensor(div=65535)),
+    lambda f: tensor_dls(torch.randint(0, 2, (8, 3, 8, 8), dtype=torch.uint8), IntToFloatTensor(div=1)), lambda f: tensor_dls(torch.rand(8, 3, 8, 8))])
+def test_right_or_unknown_divisions_are_no_concern(photo_dls, make):
+    dls = make(photo_dls)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', ExpectedStatsWarning)
+        dls.normalize_for('resnet50')
+
+
+def test_constants_for_0_255_want_no_division(photo_dls):
+    dls = photo_dls(IntToFloatTensor(div=1))
+    s = [255*o for o in imagenet_stats[0]], [255*o for o in imagenet_stats[1]]
+    with pytest.warns(ExpectedStatsWarning) as ws: dls.normalize_for(s)
+    assert not any('divides' in str(w.message) for w in ws)
+    check_at_model(dls, *imagenet)
+
+
+def test_a_div_that_is_no_number_changes_nothing(photo_dls):
+    dls = photo_dls(Normalize.from_stats([.1]*3, [.9]*3))
+    for bad in (0, -255, True, '255', float('nan'), float('inf'), [255]):
+        with pytest.raises(ValueError, match='`div` is the value of white'): dls.normalize_for('resnet50', div=bad)
+    assert normalizes(dls.train)[0].mean.flatten()[0].item() == pytest.approx(.1) and divs(dls.train) == [255]
+
+
+def test_normalize_among_item_transforms_goes_and_augmentation_stays(photo_dls):
+    class Early(Transform):
+        def encodes(self, x: PILImage): return x
+    dls = photo_dls(*aug_transforms(), item_tfms=[Early()])
+    for dl in dls.loaders:
+        dl.after_item.add(Normalize.from_stats([.1]*3, [.9]*3, ndim=3, cuda=False))
+        dl.before_batch.add(Normalize.from_stats([.2]*3, [.8]*3, ndim=3, cuda=False))
+    augs = [type(t) for t in dls.train.after_batch.fs]
+    dls.normalize_for('resnet50')
+    for dl in dls.loaders:
+        assert not [t for p in (dl.after_item, dl.before_batch) for t in p.fs if isinstance(t, Normalize)] and any(isinstance(t, Early) for t in dl.after_item.fs)
+    assert [type(t) for t in dls.train.after_batch.fs] == [*augs, Normalize]
+
+
+def test_from_data_says_when_files_hold_more_than_8_bits(tmp_path):
+    for i in range(6): Image.fromarray((np.arange(4096).reshape(64, 64)//(1+i % 3)).astype(np.uint16)).save(tmp_path/f'{i % 2}_{i}.png')
+    def make(**kw): return DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=lambda f: f.name[0], splitter=RandomSplitter(.3, seed=0), **kw).dataloaders(tmp_path, bs=2, num_workers=0)
+    for data in (tmp_path, make()):
+        with pytest.warns(DataStatsWarning, match='so 12 bits. Pillow clips them') as ws: n = Normalize.from_data(data, cuda=False)
+        assert len(ws) == 1 and n.norm_stats['mean'][0] > .9
+    scope = {}
+    exec(str(ws[0].message).partition('\n')[2], scope)
+    dls = make(get_x=scope['open_deep'])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', DataStatsWarning)
+        n = Normalize.from_data(dls, cuda=False)
+    own = np.stack([np.asarray(Image.open(f)).astype(np.float64)/4095 for f in dls.train.items])
+    assert np.allclose(n.norm_stats['mean'], own.mean(), atol=1e-3) and np.allclose(n.norm_stats['std'], own.std(), atol=1e-3)

@@ -1,15 +1,16 @@
 "float64 numpy is the judge: any split, order, dtype and layout gives its answer; margins hold what they promise."
-import json, random, socket, subprocess, sys, warnings
+import collections, dataclasses, json, os, random, socket, subprocess, sys, threading, types, warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fastcore.foundation import L
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
-from fastai_normx.stats import ChannelStats, DataStatsWarning, data_stats, _min_items
+from fastai_normx.stats import ChannelStats, DataStatsWarning, data_stats, _leaves, _min_items
 
 fields = 'mean std within_std sem std_sem min max count nonfinite'.split()
 
@@ -443,3 +444,190 @@ def test_images_needed_do_not_depend_on_the_dataset():
         def __getitem__(self, i): r = random.Random(i); return torch.full((3, 2, 2), r.gauss(.5, .2))+torch.tensor([-.1, .1])*r.random()
     ns = [len(data_stats(Lazy(n), tol=.02, seed=s, progress=False)) for n in (10**4, 10**6) for s in range(3)]
     assert max(ns) <= 1.25*min(ns) and max(ns) < 2000
+
+
+# Containers
+
+class Tensors:
+    "Like TensorDict: no mapping by type, only by its methods"
+    def __init__(self, **kw): self._d = kw
+    def keys(self): return self._d.keys()
+    def values(self): return self._d.values()
+    def items(self): return self._d.items()
+
+
+@dataclasses.dataclass
+class Batch:
+    label: object
+    image: object
+
+
+def batch_feature(x):
+    from transformers import BatchFeature
+    return BatchFeature(dict(labels=[1]*len(x), pixel_values=x))
+
+
+def model_output(x):
+    from transformers.modeling_outputs import BaseModelOutputWithNoAttention
+    return BaseModelOutputWithNoAttention(last_hidden_state=x)
+
+
+pair = collections.namedtuple('Pair', 'label image')
+containers = {'UserDict': lambda x: collections.UserDict(label=1, image=x), 'BatchFeature': batch_feature, 'ModelOutput': model_output, 'mappingproxy': lambda x: types.MappingProxyType(dict(a=None, b=x)),
+    'TensorDict-like': lambda x: Tensors(y=torch.arange(3), image=x), 'nested': lambda x: Tensors(y='cat', inner=Tensors(image=x)), 'dataclass': lambda x: Batch(torch.arange(3), x),
+    'namedtuple': lambda x: pair(0, x), 'list of dicts': lambda x: [dict(label=1), dict(image=x)], 'dict of dataclasses': lambda x: dict(a=Batch('cat', [x])), 'L': lambda x: L(x, torch.arange(3))}
+
+
+@pytest.mark.parametrize('make', containers.values(), ids=containers)
+def test_images_in_any_container(make):
+    x = torch.rand(6, 3, 8, 8)
+    check(data_stats([make(x)], progress=False), exact(x))
+    check(data_stats(DataLoader([0, 1], batch_size=1, collate_fn=lambda b: make(x[b[0]*3:b[0]*3+3])), progress=False), exact(x))
+    with pytest.raises(ValueError, match='no images in a batch'): data_stats([make(torch.arange(3))], progress=False)
+
+
+@pytest.mark.parametrize('make', [collections.UserDict, Tensors, lambda **kw: batch_feature(kw['image'])])
+def test_one_batch_that_is_a_mapping_is_refused(make):
+    with pytest.raises(ValueError, match=r'for one batch pass `\[batch\]`'): data_stats(make(image=torch.rand(2, 3, 4, 4)))
+
+
+def test_real_tensordict():
+    TensorDict = pytest.importorskip('tensordict').TensorDict
+    x = torch.rand(6, 3, 8, 8)
+    check(data_stats([TensorDict(dict(y=torch.arange(6), inner=dict(image=x)), batch_size=[6])], progress=False), exact(x))
+
+
+def test_what_only_looks_like_a_container():
+    import pandas as pd
+    for o in (Batch, pd.DataFrame({'a': [1, 2]}), pd.Series([1.]), 'text', b'bytes', 3, None, {1, 2}, object()): assert _leaves(o) == []
+
+
+# Arrays as they come
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.float32, np.float64])
+def test_arrays_that_run_backwards(dtype):
+    x = (np.random.default_rng(0).random((4, 5, 6, 3))*255).astype(dtype)
+    for o in (x[::-1], x[:, ::-1], x[..., ::-1], x[:, ::-1, ::-2], np.flip(x)):
+        check(ChannelStats.of(o, dim=-1), [im.astype(np.float64).transpose(2, 0, 1)/(255 if dtype == np.uint8 else 1) for im in o], 1e-6)
+        assert data_stats([o], dim=-1, progress=False) == ChannelStats.of(o.copy(), dim=-1)
+
+
+def test_arrays_of_the_other_byte_order():
+    x = np.random.default_rng(0).random((4, 3, 6, 6))
+    for t in ('>f4', '>f8', '>f2'): assert ChannelStats.of(x.astype(t)) == ChannelStats.of(x.astype(t[1:]))
+
+
+def test_sum_needs_no_start():
+    parts = [ChannelStats.of(torch.rand(3, 3, 4, 4)) for _ in range(3)]
+    assert sum(parts) == sum(parts, ChannelStats()) and sum(parts[:1]) is parts[0]
+    for o in (1, 0., None, 'a'):
+        with pytest.raises(TypeError): o+parts[0]
+
+
+@given(st.floats(150, 300), st.integers(1, 4), st.sampled_from([1, -1]), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_squares_that_overflow_give_error_bars_of_inf(power, n, sign, seed):
+    x = np.random.default_rng(seed).uniform(.5, 1, (n, 2, 4, 4))*sign*10**power
+    x[:, 1] = np.random.default_rng(seed).random((n, 4, 4))
+    parts = [ChannelStats.of(x[i:i+1]) for i in range(n)]
+    for s in (ChannelStats.of(x), sum(parts), sum(parts)+ChannelStats.of(x[:1]*0+1e-3), ChannelStats.from_json(sum(parts).to_json())):
+        for f in fields: assert not getattr(s, f).isnan().any(), f
+        assert not s.margin().isnan().any() and not s.affine(.5, .5).sem.isnan().any() and not s.affine(.5, .5).std_sem.isnan().any()
+        assert power < 155 or s.sem[0].isinf() and s.std_sem[0].isinf()
+    np.testing.assert_allclose(ChannelStats.of(x).mean, x.mean((0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(sum(parts).mean, x.mean((0, 2, 3)), rtol=1e-12)
+    check(ChannelStats.of(x[:, 1:]), [im[1:] for im in x])
+    assert sum(parts) == ChannelStats.from_json(sum(parts).to_json())
+
+
+def test_sums_that_overflow_have_a_mean():
+    x = torch.full((2, 1, 30, 30), 1.5e308, dtype=torch.float64)
+    assert ChannelStats.of(x).mean.item() == pytest.approx(1.5e308) and ChannelStats.of(x).std.item() == 0
+    x[1] /= 3
+    assert ChannelStats.of(x).mean.item() == pytest.approx(1e308) and ChannelStats.of(x).std_sem.item() == np.inf
+
+
+# Files
+
+def test_one_colour_and_empty_files(tmp_path):
+    Image.new('RGB', (8, 6), (255, 0, 51)).save(tmp_path/'a.png')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        s = data_stats(tmp_path, progress=False)
+        check(s, [np.broadcast_to(np.array([1., 0, .2])[:, None, None], (3, 6, 8))], 1e-12)
+        Image.new('RGB', (8, 6), (255, 0, 51)).save(tmp_path/'b.png')
+        s = data_stats(tmp_path, progress=False)
+        assert s.within_std.tolist() == [0]*3 and max(s.sem.max(), s.std_sem.max(), s.std.max()) < 1e-15
+    (tmp_path/'c.png').touch()
+    with pytest.warns(DataStatsWarning, match=r'1 of 3 image files could not be read .* c.png \(UnidentifiedImageError\)'): assert data_stats(tmp_path, progress=False) == s
+
+
+@pytest.mark.filterwarnings('error')
+def test_a_link_to_itself_counts_a_photo_once(folder):
+    path, ims = folder
+    (path/'0'/'loop').symlink_to(path, target_is_directory=True)
+    (path/'again.png').symlink_to(path/'0'/'00.png')
+    check(data_stats(path, progress=False), chw(ims), 1e-9)
+
+
+def test_pipes_do_not_hang_and_broken_links_are_reported(folder):
+    path, ims = folder
+    os.mkfifo(path/'pipe.png')
+    (path/'gone.png').symlink_to(path/'nowhere.png')
+    heard = []
+    def read():
+        with warnings.catch_warnings(record=True) as ws:
+            warnings.simplefilter('always')
+            heard.append(data_stats(path, progress=False))
+        heard.extend(str(w.message) for w in ws if w.category is DataStatsWarning)
+    t = threading.Thread(target=read, daemon=True)
+    t.start()
+    t.join(60)
+    check(heard[0], chw(ims))
+    assert len(heard) == 2 and '2 of 72 image files could not be read' in heard[1] and 'pipe.png (OSError)' in heard[1] and 'gone.png (FileNotFoundError)' in heard[1]
+    with pytest.raises(ValueError, match='none of the 1 image files; pipe.png: .* not a regular file'): data_stats([path/'pipe.png'], progress=False)
+
+
+@pytest.fixture
+def deep_folder(tmp_path):
+    for i in range(20): Image.fromarray((np.arange(4096).reshape(64, 64)//(1+i % 3)).astype(np.uint16)).save(tmp_path/f'{"ab"[i % 2]}_{i:02}.png')
+    return tmp_path
+
+
+def deep_block(path, **kw):
+    from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, IndexSplitter, get_image_files
+    return DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=lambda f: f.name[0], splitter=IndexSplitter([0]), **kw).dataloaders(path, bs=4, num_workers=0)
+
+
+def test_more_than_8_bits_is_said_once_by_files_and_loaders(deep_folder):
+    from fastai.vision.all import Learner
+    from torchvision.datasets import ImageFolder
+    (deep_folder.parent/'top').mkdir(exist_ok=True)
+    (deep_folder.parent/'top'/'class').symlink_to(deep_folder, target_is_directory=True)
+    as_tensor = lambda im: torch.tensor(np.array(im)).permute(2, 0, 1)/255
+    dls = deep_block(deep_folder)
+    top = {1: '1,365'}  # of the one file in the validation set
+    sources = [(deep_folder, 20), (sorted(deep_folder.glob('*.png')), 20), (dls, 19), (dls.train, 19), (dls.valid, 1), (Learner(dls, torch.nn.Identity(), loss_func=lambda *a: 0), 19),
+               (DataLoader(ImageFolder(deep_folder.parent/'top', as_tensor), 4), 20)]
+    for data, n in sources:
+        with pytest.warns(DataStatsWarning) as ws: s = data_stats(data, progress=False)
+        said, = [str(w.message) for w in ws if w.category is DataStatsWarning]
+        assert said.startswith(f'{n} of {n} image files hold more than 8 bits: their greatest value is {top.get(n, "4,095")}, so 12 bits.') and s.mean.min() > .9
+        assert len(said.split('\n')[0].split()) <= 40
+        scope = {}
+        exec(said.partition('\n')[2], scope)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', DataStatsWarning)
+        s = data_stats(deep_block(deep_folder, get_x=scope['open_deep']), progress=False)
+    files = [f for f in dls.train.items]
+    want = np.stack([np.asarray(Image.open(f)).astype(np.float64)/4095 for f in files])
+    np.testing.assert_allclose(s.mean, [want.mean()]*3, atol=.1/255)
+    np.testing.assert_allclose(s.std, [want.std()]*3, atol=.1/255)
+
+
+def test_every_file_that_was_read_counts(deep_folder):
+    for i in range(300): Image.new('L', (4, 4), i % 255).save(deep_folder/f'c_{i}.png')
+    with pytest.warns(DataStatsWarning, match='^20 of 320 image files hold more than 8 bits'): data_stats(deep_folder, progress=False)
+    (deep_folder/'d.png').touch()
+    with pytest.warns(DataStatsWarning, match='1 of 321 image files could not be read .* 20 of 320 image files') as ws: data_stats(deep_folder, progress=False)
+    assert len(ws) == 1
