@@ -30,7 +30,8 @@ from .judge import Case,judge,_numbers
 from .normalize import _has_pipeline
 from .pipeline import Testimony,testimony
 from .report import Finding,MatchReport,StatsMatchWarning,who_says
-from .stats import ChannelStats,_files,_is_file,_say,_source
+from .files import _files,_is_file,_open,deep_behind
+from .stats import ChannelStats,_say,_source
 from .view import InputView,pick
 
 _all_ = ['Finding','MatchReport','StatsMatchWarning','infer_normalization']
@@ -66,15 +67,12 @@ def _case(
     return Case(_behind(backbone, found), found, backbone, **kwargs)
 
 # %% ../nbs/03_match.ipynb #d53e234d
-def _file_batches(fs, E, broken, deep):
+def _file_batches(fs, E, broken):
     "Image files as a right pipeline would hand them to the model, 64 x 64 pixels of each; those that cannot be read go to `broken`"
-    from PIL import Image
     mean,std = (torch.tensor(o).view(-1,1,1) for o in E)
     for f in fs:
         try:
-            with Image.open(f) as im:
-                if im.mode in ('F','I') or im.mode.startswith('I;'): deep.append(Path(f).name)
-                im = im.convert('L' if E.n_in==1 else 'RGB').resize((64,64), Image.Resampling.NEAREST)
+            with _open(f) as im: im = im.convert('L' if E.n_in==1 else 'RGB').resize((64,64), 0)
         except Exception as e:
             broken.append((f, e))
             continue
@@ -133,19 +131,22 @@ def _fill(view, dl, data, n_in):
     return first
 
 def _view_files(data, E, n_items, seed=0):
-    "`(view, extra findings)` of image files"
+    "What image files show"
     if E.n_in not in (1,3):
         raise ValueError(f'Image files have 1 or 3 channels, and {who_says(E)} expects {E.n_in}: pass a loader that yields them.')
-    fs,broken,deep,view = _files(data),[],[],InputView(n_items)
+    fs,broken,view = _files(data),[],InputView(n_items)
     at = torch.randperm(len(fs), generator=torch.Generator().manual_seed(seed)).tolist()[:n_items]
-    for x in _file_batches([fs[i] for i in at], E, broken, deep): view.add(x)
+    for x in _file_batches([fs[i] for i in at], E, broken): view.add(x)
     if not len(view):
         file,error = broken[0]
         raise ValueError(f'stats_match could read none of the {len(broken)} image files; {Path(file).name}: {error}')
     _say(broken, len(view), None, None, None, None)
-    if not deep: return view,[]
-    return view,[Finding('wrong_range', 'error', f'{len(deep)} of {len(view)} files hold more than 8 bits for a pixel, for example {deep[0]}: Pillow\'s `convert("RGB")` clips them at 255.',
-        'scale them to 8 bits first, `np.asarray(im)/257` for 16 bits', .8)]
+    return view
+
+def _deep(data):
+    "A finding in a list if the image files behind `data` hold more than 8 bits, which Pillow clips"
+    found = deep_behind(data)
+    return [Finding('wrong_range', 'error', str(found), f'open the files with this:\n{found.advice}', .8)] if found else []
 
 # %% ../nbs/03_match.ipynb #a6a4b58e
 def _check_data(data):
@@ -203,12 +204,12 @@ def stats_match(
     source = next((o for o in (expected,learn,model) if o is not None), None)
     if source is None: raise ValueError(f'stats_match needs to know the backbone: a {type(data).__name__} does not say. '
                                         'Pass it, for example `stats_match(data, "resnet18")`, or `model=`.')
-    with no_random(): sets,first,extra = _look(data, source, n_items, dim, n_in)
+    with no_random(): sets,first = _look(data, source, n_items, dim, n_in)
     _check_seen(sets)
     channels = next(iter(sets.values()))[0].n_in
     case = _case(source, model, *first, n_in, dim, channels, model=model)
     case = _named(case, expected, dls, 'learn.dls' if learn else 'dls')
-    report = judge(examine_all(sets, case.expected), case, extra)
+    report = judge(examine_all(sets, case.expected), case, _deep(data))
     report.dls = dls if case.dls else None
     if _all_files(data) and report.applied:
         report.applied = dataclasses.replace(report.applied, source='assumed, since image files come before any pipeline')
@@ -225,15 +226,14 @@ def _check_seen(sets):
                                '[N,C,T,H,W]. For one image pass `x[None]`.')
 
 def _look(data, source, n_items, dim, n_in):
-    "`({set: (InputView, Testimony)}, (images, arguments of the model) of the first batch, extra findings)`"
+    "`({set: (InputView, Testimony)}, (images, arguments of the model) of the first batch)`"
     if _all_files(data):
         E = expected_stats(source, n_in).spread(3)
-        view,extra = _view_files(data, E, n_items)
-        return {'data':(view, Testimony(E, pixels='bytes', rgb=True))},(None,None),extra
+        return {'data':(_view_files(data, E, n_items), Testimony(E, pixels='bytes', rgb=True))},(None,None)
     if isinstance(data, ChannelStats):
         view = InputView(n_items, dim)
         view.stats = data
-        return {'data':(view, Testimony())},(None,None),[]
+        return {'data':(view, Testimony())},(None,None)
     n = n_in or _n_in(source)
     sets,first = {},None
     for name,dl in _loaders(data).items():
@@ -241,7 +241,7 @@ def _look(data, source, n_items, dim, n_in):
         found = _fill(view, dl, data, n)
         first = first or found
         sets[name] = view,testimony(dl, n, data if isinstance(data, Learner) else None)
-    return sets,first or (None,None),[]
+    return sets,first or (None,None)
 
 def _n_in(source):
     "Channels that `source` expects; 3 for a model that does not say"
@@ -385,7 +385,7 @@ def _decide(self:StatsMatch):
     if view.settled or not len(view): return
     view.settled,view.said = True,testimony(learn.dl, self._case.expected.n_in, learn)
     sets = {'training set' if k else 'validation set':(v,v.said) for k,v in self._views.items() if v.settled}
-    self.report = judge(examine_all(sets, self._case.expected), self._case)
+    self.report = judge(examine_all(sets, self._case.expected), self._case, _deep(learn.dls))
     self.report.dls = learn.dls if self._case.dls else None
     if self.report.ok: self._said = {c:s for c,s in self._said.items() if not s or s-set(sets)} # mended: to be told again if it comes back
     for f in self.report.findings:

@@ -390,11 +390,11 @@ def test_compiled_model(learner):
 def test_images_named_in_a_data_frame(tmp_path):
     import pandas as pd
     from fastai.vision.all import ImageDataLoaders
-    from fastai_normx.pipeline import surely_rgb
+    from fastai_normx.pipeline import testimony
     for i, t in enumerate(tiles(24)): Image.fromarray(t.permute(1, 2, 0).numpy()).save(tmp_path/f'{i}.png')
     df = pd.DataFrame(dict(name=[f'{i}.png' for i in range(24)], label=['a', 'b']*12))
     dls = ImageDataLoaders.from_df(df, tmp_path, bs=8, num_workers=0, batch_tfms=[Normalize.from_stats(*I)])
-    assert surely_rgb(dls.train) and dls.stats_match('resnet18').ok
+    assert testimony(dls.train, 3).rgb and dls.stats_match('resnet18').ok
     assert dls.stats_match('tf_efficientnet_lite0', warn=False).fix() is dls and dls.stats_match('tf_efficientnet_lite0').ok
 
 
