@@ -18,9 +18,11 @@ not shown     the data cannot hold this fault: grey images have no channel order
 false alarm   a mismatch on a right pipeline
 
 Whether a right pipeline could have made the values is decided here in float64, without the package: there is no lattice of 8-bit
-levels, the expected constants undone they lie in [0,1], and black or white is reached in every channel.
+levels, the expected constants undone they lie in [0,1] and fill more than a sliver of it, and black or white is reached in every
+channel.
 
---data: a folder of photographs, for example a sample of ImageNet; without it tiles of scikit-learn's two photographs are used.
+--data: a folder of photographs, for example a sample of ImageNet; without it tiles of five photographs that scikit-learn and
+scikit-image bring are used.
 Solar cells need `pip install elpv-dataset` (licence: not for commercial use) and are left out without it.
 
 --quick: a tenth of all cases, always the same.
@@ -172,15 +174,19 @@ def load(pictures, how, pipe, bs):
 
 # --- is there anything to see? -------------------------------------------------------------------------------------------
 
+sliver = .05, .12  # many images whose values, undone, span less are a fault; between the two nobody is wrong
+
 def right_fits(x, expected):
-    "Could a right pipeline have made the values `x`, `[N,C,...]`, if they lie on no lattice?"
+    "Could a right pipeline have made the values `x`, `[N,C,...]`, if they lie on no lattice? 'yes', 'no' or 'perhaps'"
     mean, std = (np.array(o, dtype=np.float64) for o in expected)
     x = x.double().numpy()
-    if x.shape[1] != len(mean) or not np.isfinite(x).all(): return False
+    if x.shape[1] != len(mean) or not np.isfinite(x).all(): return 'no'
     pixels = x.swapaxes(0, 1).reshape(len(mean), -1)*std[:, None]+mean[:, None]
     lo, hi = pixels.min(1), pixels.max(1)
-    if lo.min() < -.02 or hi.max() > 1.02: return False
-    return bool((abs(lo) < .006).all() or (abs(hi-1) < .006).all())
+    inside, ends = lo.min() > -.02 and hi.max() < 1.02, (abs(lo) < .006).all() or (abs(hi-1) < .006).all()
+    span = (hi-lo).max()
+    if not inside or not ends or len(x) >= 32 and span < sliver[0]: return 'no'
+    return 'perhaps' if len(x) >= 32 and span < sliver[1] else 'yes'
 
 
 def sees(data):
@@ -247,7 +253,6 @@ def faults(E):
     yield Fault('wrong_range', 'normalized, on pixels in 0-255', replace(right, before=scale(255)))
     yield Fault('wrong_range', 'divided by 255 twice', Pipe(before=scale(1/255)))
     yield Fault('wrong_range', 'divided by 255 twice, then normalized', replace(right, before=scale(1/255)))
-    if E != plain: yield Fault('wrong_range', 'constants for 0-255 on pixels in [0,1]', Pipe((scaled(E, 255),)))
     yield Fault('wrong_range', '127.5 and 128 on pixels in [0,1]', Pipe((((127.5,)*3, (128.,)*3),)))
     for bits, divisor in ((12, 255), (12, 65535), (16, 255)):
         yield Fault('wrong_range', f'{bits} bits divided by {divisor}, then normalized', replace(right, before=deep(bits, divisor)))
@@ -437,9 +442,11 @@ def verdict(case, data, r):
     if fault.note: return 'wrongly named' if r.outcome == 'mismatch' else 'named' if any(f.kind == fault.kind for f in r.findings) else 'missed'
     named = r.outcome == 'mismatch' and r.kind == fault.kind
     if r.outcome == 'mismatch' and not named: return 'wrongly named'
-    if fault.kind in hideable and case.no_lattice and all(right_fits(x, case.before_model or expected_stats(families[case.family])) for x in sees(data)):
-        if r.outcome == 'cannot tell': return 'right fits'
-        if named: return 'named' if fault.always_seen else 'guessed'
+    if fault.kind in hideable and case.no_lattice:
+        expected = case.before_model or expected_stats(families[case.family])
+        fits = {right_fits(x, expected) for x in sees(data)}
+        if 'no' not in fits and r.outcome == 'cannot tell': return 'right fits'
+        if fits == {'yes'} and named and not fault.always_seen: return 'guessed'
     return 'named' if named else 'missed' if r.outcome == 'ok' else 'cannot tell'
 
 

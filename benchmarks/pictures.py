@@ -25,25 +25,29 @@ class Pictures:
 
 
 def photographs(folder, n, size=64):
-    "uint8 `[n,3,size,size]`: of a folder the shorter side resized to `size`, centre cropped; without one tiles of two photographs"
+    "uint8 `[n,3,size,size]`: of a folder the shorter side resized to `size`, centre cropped; without one tiles of five photographs"
     rng = np.random.default_rng(0)
     if folder is None:
+        from skimage import data
         from sklearn.datasets import load_sample_images
-        ims = load_sample_images().images
-        corners = [(ims[i % 2], rng.integers(0, 427-size), rng.integers(0, 640-size)) for i in range(n)]
-        return torch.stack([_channels_first(im[y:y+size, x:x+size]) for im, y, x in corners])
+        photos = [*load_sample_images().images, data.astronaut(), data.coffee(), data.chelsea()]
+        return torch.stack([_tile(photos[i % 5], rng, size) for i in range(n)])
     files = sorted(f for f in folder.rglob('*') if f.suffix.lower() in ('.jpg', '.jpeg', '.png'))
     chosen = [files[i] for i in rng.permutation(len(files))[:n]]
     tfm = T.Compose([T.Resize(size), T.CenterCrop(size), T.PILToTensor()])
     return torch.stack([tfm(Image.open(f).convert('RGB')) for f in chosen])
 
 
-def tiles(image, n, size=64, seed=0):
-    "`n` tiles of one uint8 image `[H,W,3]`"
-    rng = np.random.default_rng(seed)
+def _tile(image, rng, size):
     h, w = image.shape[:2]
-    corners = [(rng.integers(0, h-size), rng.integers(0, w-size)) for _ in range(n)]
-    return torch.stack([_channels_first(image[y:y+size, x:x+size]) for y, x in corners])
+    y, x = rng.integers(0, h-size), rng.integers(0, w-size)
+    return _channels_first(image[y:y+size, x:x+size])
+
+
+def tiles(image, n, size=64):
+    "`n` tiles of one uint8 image `[H,W,3]`"
+    rng = np.random.default_rng(0)
+    return torch.stack([_tile(image, rng, size) for _ in range(n)])
 
 
 def _channels_first(image): return torch.tensor(image).permute(2, 0, 1)
@@ -74,7 +78,7 @@ def screenshots(n, size=64, bar=(222, 225, 230)):
     for im in ims:
         im[:rng.integers(8, 14)] = bar
         _write_lines(im, rng, (32, 33, 36), 17, 4)
-        y, x = rng.integers(40, size-8), rng.integers(4, size-24)
+        y, x = rng.integers(size*5//8, size-8), rng.integers(4, size-24)
         im[y:y+6, x:x+18] = (60, 64, 67)
     return _to_pixels(ims)
 
