@@ -49,16 +49,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2 as T
 
-from fastai.vision.all import (CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, ImageBlock, IndexSplitter, IntToFloatTensor, Learner, Normalize,
-                               TensorImage, Transform, aug_transforms)
+from fastai.vision.all import (CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, ImageBlock, IndexSplitter, IntToFloatTensor, Learner,
+                               Normalize, TensorImage, Transform, aug_transforms)
 from fastai_normx.all import expected_stats, stats_match
 from fastai_normx.constants import Affine
 from fastai_normx.expected import ExpectedStatsWarning
 from machine import cpu_name
 from pictures import Pictures, picture_sets
 
-families = {'ImageNet': 'resnet18', '0.5/0.5': 'tf_efficientnet_lite0', 'CLIP': 'vit_base_patch32_clip_224.openai', '0/1': 'fastvit_mci0.apple_mclip',
-            'DPN': 'dpn68', 'satellite': 'vit_large_patch16_dinov3.sat493m'}
+families = {'ImageNet': 'resnet18', '0.5/0.5': 'tf_efficientnet_lite0', 'CLIP': 'vit_base_patch32_clip_224.openai',
+            '0/1': 'fastvit_mci0.apple_mclip', 'DPN': 'dpn68', 'satellite': 'vit_large_patch16_dinov3.sat493m'}
 plain = (0, 0, 0), (1, 1, 1)
 imagenet = (.485, .456, .406), (.229, .224, .225)
 halves = (.5, .5, .5), (.5, .5, .5)
@@ -105,13 +105,13 @@ class Stated(Dataset):
     "8-bit images with a torchvision `transform`, which the loader states"
     def __init__(self, px, *tfms): self.px, self.transform = px, T.Compose([T.ToImage(), T.ToDtype(torch.float32, scale=True), *tfms])
     def __len__(self): return len(self.px)
-    def __getitem__(self, i): return self.transform(self.px[i].permute(1, 2, 0).numpy()), i % 2
+    def __getitem__(self, i): return self.transform(self.px[i].permute(1, 2, 0).numpy()).as_subclass(Tensor), i % 2
 
 
 def torch_loader(ds, bs, after=None):
     def collate(items):
         x, y = zip(*items)
-        x = torch.stack([o.as_subclass(Tensor) for o in x])
+        x = torch.stack(x)
         return after(x) if after else x, torch.tensor(y)
     return DataLoader(ds, bs, shuffle=True, collate_fn=collate)
 
@@ -123,8 +123,8 @@ def augment(px):
     if (key := zlib.crc32(px.numpy().tobytes())) not in augmented:
         rng = torch.get_rng_state()
         torch.manual_seed(key)
-        tfm = T.Compose([T.RandomResizedCrop(px.shape[-1], (.5, 1), antialias=True), T.RandomHorizontalFlip(), T.RandomRotation(5, T.InterpolationMode.BILINEAR),
-                         T.ColorJitter(.2, .2)])
+        tfm = T.Compose([T.RandomResizedCrop(px.shape[-1], (.5, 1), antialias=True), T.RandomHorizontalFlip(),
+                         T.RandomRotation(5, T.InterpolationMode.BILINEAR), T.ColorJitter(.2, .2)])
         augmented[key] = torch.stack([tfm(o/255) for o in px])
         torch.set_rng_state(rng)
     return augmented[key]
@@ -148,7 +148,7 @@ def fastai_block(px, bs, **kw):
     "`DataLoaders` of `px`: the first half for training"
     ims = px.permute(0, 2, 3, 1).numpy()
     block = DataBlock((ImageBlock, CategoryBlock), get_x=lambda i: ims[i], get_y=lambda i: i % 2, splitter=IndexSplitter(range(len(px)//2, len(px))), **kw)
-    return block.dataloaders(list(range(len(px))), bs=bs, num_workers=0, device='cpu')
+    return block.dataloaders(list(range(len(px))), bs=min(bs, len(px)//2), num_workers=0, device='cpu')
 
 
 def fastai_loader(px, pipe, as_float, bs):
@@ -234,7 +234,9 @@ def deep(bits, divisor):
         return ((x*255).round()*extra+low.floor())/divisor
     return f
 
-def jitter(x): "Colours changed after `Normalize`: what lies outside [0,1] is cut off"; return torch.stack([T.functional.adjust_brightness(o, .8+.4*(i % 5)/4) for i, o in enumerate(x)])
+def jitter(x):
+    "Brightness changed after `Normalize`: what lies outside [0,1] is cut off"
+    return torch.stack([T.functional.adjust_brightness(o, .8+.1*(i % 5)) for i, o in enumerate(x)])
 
 
 def faults(E):
@@ -279,7 +281,8 @@ def fastai_pipelines(E):
     other = halves if np.allclose(E[0], imagenet[0], atol=.01) else imagenet
     right = normalizers([E])
     yield Fault('', 'right: fastai, no augmentation'), [], right
-    yield Fault('', "right: fastai, the user's own transform normalizes"), [], [*aug_transforms(), step(98, partial(normalize, constants=[E]))]
+    own = step(98, partial(normalize, constants=[E]))
+    yield Fault('', "right: fastai, the user's own transform normalizes"), [], [*aug_transforms(), own]
     if E != plain: yield Fault('not_normalized', 'fastai, no Normalize'), [], []
     yield Fault('wrong_stats', "fastai, another family's constants"), [], normalizers([other])
     if E != plain: yield Fault('normalized_twice', 'fastai, twice'), [], normalizers([E, E])
@@ -291,7 +294,9 @@ def fastai_pipelines(E):
 
 # --- models that normalize -----------------------------------------------------------------------------------------------
 
-def body(): return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+def body():
+    layers = nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    return nn.Sequential(*layers)
 
 
 class OwnNormalize(nn.Module):
@@ -393,7 +398,7 @@ def fault_cases(case, E, pictures):
     yield case(Fault('wrong_stats', "a learner, another family's constants"), how='fastai', make=lambda: in_learner(wrong(), body()))
 
 
-def stated_loader(px, tfms): return torch_loader(Stated(px, *tfms), 32)
+def stated_loader(px, tfms): return DataLoader(Stated(px, *tfms), 32, shuffle=True)
 def in_learner(dls, model): return Learner(dls, model, loss_func=CrossEntropyLossFlat())
 
 
@@ -410,7 +415,8 @@ def model_cases(case, E, pictures):
     for name, model, right in models(E):
         for fault, pipe in ((Fault('', f'right: learner, {name}'), right), (Fault('in_model', f'learner, {name}'), Pipe((E,)))):
             if fault.kind and '255' in name: continue
-            yield case(fault, how='fastai', model=model, before_model=plain, make=lambda pipe=pipe, model=model: in_learner(load(pictures, 'fastai', pipe, 32), model))
+            dls = partial(load, pictures, 'fastai', pipe, 32)
+            yield case(fault, how='fastai', model=model, before_model=plain, make=lambda dls=dls, model=model: in_learner(dls(), model))
 
 
 def right_cases(case, E, pictures):
@@ -439,7 +445,8 @@ def verdict(case, data, r):
     fault = case.fault
     if not fault.kind: return {'ok': 'right', 'cannot tell': 'cannot tell', 'mismatch': 'false alarm'}[r.outcome]
     if not case.shown: return 'not shown' if r.outcome == 'ok' else 'wrongly named'
-    if fault.note: return 'wrongly named' if r.outcome == 'mismatch' else 'named' if any(f.kind == fault.kind for f in r.findings) else 'missed'
+    if fault.note and r.outcome == 'mismatch': return 'wrongly named'
+    if fault.note: return 'named' if any(f.kind == fault.kind for f in r.findings) else 'missed'
     named = r.outcome == 'mismatch' and r.kind == fault.kind
     if r.outcome == 'mismatch' and not named: return 'wrongly named'
     if fault.kind in hideable and case.no_lattice:
@@ -511,7 +518,8 @@ def tables(rows, mended):
     by = dict(fault=lambda r: f'{r[0]}: {r[1]}', loader=lambda r: r[4], images=lambda r: r[3], family=lambda r: r[2])
     res = {k: table(bad, f, cols) for k, f in by.items()}
     cols = 'right', 'cannot tell', 'false alarm', 'raised'
-    res |= {f'right{k}': table(right, f, cols) for k, f in {'': lambda r: r[1], ' images': lambda r: r[3], ' loader': lambda r: r[4]}.items()}
+    by_right = {'right': lambda r: r[1], 'right images': by['images'], 'right loader': by['loader']}
+    res |= {k: table(right, f, cols) for k, f in by_right.items()}
     res['total'] = dict(faults=Counter(r[5] for r in bad), right=Counter(r[5] for r in right))
     if mended: res['fixes'] = table(mended, by['fault'], ('mended', 'not mended', 'raised'))
     if mended: res['total']['fixes'] = Counter(r[5] for r in mended)

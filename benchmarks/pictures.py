@@ -129,7 +129,7 @@ def night(n, size=64):
     return _to_pixels(ims)
 
 
-def skies(n, size=64):
+def sky(n, size=64):
     "Blue, paler towards the horizon, with clouds"
     rng, ims = np.random.default_rng(6), _canvases(n, size, 0.)
     y, x = np.mgrid[:size, :size]/size
@@ -228,9 +228,8 @@ def picture_sets(folder=None, n=256, size=64):
     photos = photographs(folder, n, size)
     res = {'natural': Pictures(photos, order_shows=True)}
     if (cells := solar_cells(n)) is not None: res['industrial'] = Pictures(cells)
-    made = dict(digits=digits, faces=faces, screenshots=screenshots, line_drawings=line_drawings, scans=scans, masks=masks, night=night, sky=skies,
-                fluorescence=fluorescence, spectrograms=spectrograms)
-    res |= {k.replace('_', ' '): Pictures(f(n, size)) for k, f in made.items()}
+    made = digits, faces, screenshots, line_drawings, scans, masks, night, sky, fluorescence, spectrograms
+    res |= {f.__name__.replace('_', ' '): Pictures(f(n, size)) for f in made}
     res['blue bar'] = Pictures(screenshots(n, size, (26, 115, 232)))
     res['stained tissue'] = Pictures(tiles(data.immunohistochemistry(), n, size))
     res['rocket'] = Pictures(tiles(data.rocket(), n, size))
