@@ -453,7 +453,8 @@ def verdict(case, data, r):
         expected = case.before_model or expected_stats(families[case.family])
         fits = {right_fits(x, expected) for x in sees(data)}
         if 'no' not in fits and r.outcome == 'cannot tell': return 'right fits'
-        if fits == {'yes'} and named and not fault.always_seen: return 'guessed'
+        sure_to_fit = fits == {'yes'} and fault.kind != 'split_mismatch'  # another range in the other set is evidence, too
+        if sure_to_fit and named and not fault.always_seen: return 'guessed'
     return 'named' if named else 'missed' if r.outcome == 'ok' else 'cannot tell'
 
 
