@@ -9,6 +9,7 @@ model (it normalizes by itself) or into the transforms that a loader states. The
 batch, 64 and 192, on two dozen kinds of images, and with what training does to a batch (half precision, mixup, padding).
 
 named         the worst finding has the kind of the fault; where colours are all there is to see, a note has it
+either        another fault is named that could have made the same values: a screenshot that was cut to [0,1] after Normalize
 wrongly named the worst finding has another kind
 cannot tell   the report says so, and the values do show that something is wrong
 missed        the report says ok
@@ -18,8 +19,9 @@ not shown     the data cannot hold this fault: grey images have no channel order
 false alarm   a mismatch on a right pipeline
 
 Whether a right pipeline could have made the values is decided here in float64, without the package: there is no lattice of 8-bit
-levels, the expected constants undone they lie in [0,1] and fill more than a sliver of it, and black or white is reached in every
-channel.
+levels, and the expected constants undone they lie in [0,1] and fill more than a sliver of it. If black or white is reached in every
+channel, nothing but a right pipeline may be assumed; if neither is, the images must have black and white in every channel for the
+fault to show.
 
 --data: a folder of photographs, for example a sample of ImageNet; without it tiles of five photographs that scikit-learn and
 scikit-image bring are used.
@@ -177,16 +179,29 @@ def load(pictures, how, pipe, bs):
 sliver = .05, .12  # many images whose values, undone, span less are a fault; between the two nobody is wrong
 
 def right_fits(x, expected):
-    "Could a right pipeline have made the values `x`, `[N,C,...]`, if they lie on no lattice? 'yes', 'no' or 'perhaps'"
+    """Could a right pipeline have made the values `x`, `[N,C,...]`, if they lie on no lattice? 'yes'; 'grey': if the images have
+    neither black nor white; 'perhaps': between a sliver and pale images; 'no'"""
     mean, std = (np.array(o, dtype=np.float64) for o in expected)
     x = x.double().numpy()
     if x.shape[1] != len(mean) or not np.isfinite(x).all(): return 'no'
     pixels = x.swapaxes(0, 1).reshape(len(mean), -1)*std[:, None]+mean[:, None]
     lo, hi = pixels.min(1), pixels.max(1)
-    inside, ends = lo.min() > -.02 and hi.max() < 1.02, (abs(lo) < .006).all() or (abs(hi-1) < .006).all()
     span = (hi-lo).max()
-    if not inside or not ends or len(x) >= 32 and span < sliver[0]: return 'no'
-    return 'perhaps' if len(x) >= 32 and span < sliver[1] else 'yes'
+    if lo.min() < -.02 or hi.max() > 1.02 or len(x) >= 32 and span < sliver[0]: return 'no'
+    if len(x) >= 32 and span < sliver[1]: return 'perhaps'
+    return 'yes' if (abs(lo) < .006).all() or (abs(hi-1) < .006).all() else 'grey'
+
+
+def black_and_white(x):
+    "Are both in each channel of the pixels `x` in [0,1]?"
+    lo, hi = x.amin((0, 2, 3)), x.amax((0, 2, 3))
+    return bool((lo < .006).all() and (hi > .994).all())
+
+
+def plainly_cut(x):
+    "Do so many values lie at exactly 0 and at exactly 1 that they must have been cut, and enough between that it is no drawing?"
+    black, white = (x == 0).float().mean(), (x == 1).float().mean()
+    return min(black, white) > .05 and black+white < .95
 
 
 def sees(data):
@@ -205,6 +220,7 @@ class Fault:
     pipe: Pipe = Pipe()
     note: bool = False  # All that there is to see are colours: a note, and the outcome is ok
     always_seen: bool = False  # It shows in values that a right pipeline might have made
+    cut: bool = False  # Values were cut to [0,1]: they may look like images that nobody normalized
 
 
 def scale(k): return lambda x: x*k
@@ -247,7 +263,7 @@ def faults(E):
         yield Fault('not_normalized', 'no Normalize')
         yield Fault('normalized_twice', 'twice', Pipe((E, E)))
         yield Fault('normalized_twice', "then with another family's constants", Pipe((E, other)))
-        yield Fault('wrong_range', 'colour jitter after Normalize', replace(right, after=jitter, no_lattice=True), always_seen=True)
+        yield Fault('wrong_range', 'colour jitter after Normalize', replace(right, after=jitter, no_lattice=True), always_seen=True, cut=True)
         yield Fault('split_mismatch', 'validation not normalized', replace(right, valid=Pipe()))
     yield Fault('wrong_stats', "another family's constants", wrong)
     yield Fault('split_mismatch', "validation with another family's constants", replace(right, valid=wrong))
@@ -365,6 +381,7 @@ class Case:
     before_model: tuple = None  # The constants that are right before the model; None: those of the family
     no_lattice: bool = False
     shown: bool = True
+    full_range: bool = True  # Do the images have black and white in every channel?
 
     @property
     def seed(self): return zlib.crc32('|'.join((self.fault.kind, self.fault.name, self.family, self.images, self.how)).encode())
@@ -386,11 +403,13 @@ def cases(sets, n):
 
 
 def fault_cases(case, E, pictures):
+    full_range = black_and_white(pictures.pixels/255)
     for how in hows:
         for fault in faults(E):
             shown = pictures.order_shows or fault.name != 'images in BGR'
             no_lattice = 'augment' in how or fault.pipe.no_lattice
-            yield case(fault, how=how, make=partial(load, pictures, how, fault.pipe, 32), no_lattice=no_lattice, shown=shown)
+            make = partial(load, pictures, how, fault.pipe, 32)
+            yield case(fault, how=how, make=make, no_lattice=no_lattice, shown=shown, full_range=full_range)
     for fault, tfms in stated_pipelines(E): yield case(fault, how='PyTorch', make=partial(stated_loader, pictures.pixels[:64], tfms))
     for fault, item_tfms, batch_tfms in fastai_pipelines(E):
         yield case(fault, how='fastai', make=partial(fastai_block, pictures.pixels, 32, item_tfms=item_tfms, batch_tfms=batch_tfms))
@@ -404,12 +423,13 @@ def in_learner(dls, model): return Learner(dls, model, loss_func=CrossEntropyLos
 
 def model_cases(case, E, pictures):
     if E == plain: return
+    full_range = black_and_white(pictures.pixels/255)
     for how in hows:
         no_lattice = 'augment' in how
         for name, model, right in models(E):
             twice = replace(right, before=None, constants=(E,)) if '255' not in name else replace(right, constants=(scaled(E, 255),))
             before_model = scaled(plain, 255) if '255' in name else plain
-            ask_about = partial(case, how=how, model=model, before_model=before_model, no_lattice=no_lattice)
+            ask_about = partial(case, how=how, model=model, before_model=before_model, no_lattice=no_lattice, full_range=full_range)
             yield ask_about(Fault('', f'right: normalized in the model, {name}'), make=partial(load, pictures, how, right, 32))
             yield ask_about(Fault('in_model', name), make=partial(load, pictures, how, twice, 32))
     for name, model, right in models(E):
@@ -448,11 +468,14 @@ def verdict(case, data, r):
     if fault.note and r.outcome == 'mismatch': return 'wrongly named'
     if fault.note: return 'named' if any(f.kind == fault.kind for f in r.findings) else 'missed'
     named = r.outcome == 'mismatch' and r.kind == fault.kind
-    if r.outcome == 'mismatch' and not named: return 'wrongly named'
+    expected = case.before_model or tuple(expected_stats(families[case.family]))
+    if r.outcome == 'mismatch' and not named:
+        either = fault.cut and r.kind == 'not_normalized' and (expected == halves or not all(map(plainly_cut, sees(data))))
+        return 'either' if either else 'wrongly named'
     if fault.kind in hideable and case.no_lattice:
-        expected = case.before_model or expected_stats(families[case.family])
         fits = {right_fits(x, expected) for x in sees(data)}
-        if 'no' not in fits and r.outcome == 'cannot tell': return 'right fits'
+        hidden = not fits & ({'no', 'grey'} if case.full_range and not fault.cut else {'no'})
+        if hidden and r.outcome == 'cannot tell': return 'right fits'
         sure_to_fit = fits == {'yes'} and fault.kind != 'split_mismatch'  # another range in the other set is evidence, too
         if sure_to_fit and named and not fault.always_seen: return 'guessed'
     return 'named' if named else 'missed' if r.outcome == 'ok' else 'cannot tell'
@@ -491,7 +514,7 @@ def matrix(sets, n, quick=False, fixes=False):
             row = *who, verdict(case, data, r), f'{r.outcome}: {r.kind}'
         except Exception as e: row, r = (*who, 'raised', f'{type(e).__name__}: {e}'), None
         rows.append(row)
-        tell(row, row[5] in ('named', 'right', 'not shown', 'right fits') or not case.fault.kind and row[5] == 'cannot tell')
+        tell(row, row[5] in ('named', 'either', 'right', 'not shown', 'right fits') or not case.fault.kind and row[5] == 'cannot tell')
         if not fixes or r is None or r.outcome != 'mismatch': continue
         if fix := mend(data, r, again, space):
             mended.append((*who, *fix))
@@ -515,7 +538,7 @@ def table(rows, by, cols):
 def tables(rows, mended):
     "Print all tables, and return what they hold"
     bad, right = [r for r in rows if r[0]], [r for r in rows if not r[0]]
-    cols = 'named', 'wrongly named', 'missed', 'cannot tell', 'guessed', 'right fits', 'not shown', 'raised'
+    cols = 'named', 'either', 'wrongly named', 'missed', 'cannot tell', 'guessed', 'right fits', 'not shown', 'raised'
     by = dict(fault=lambda r: f'{r[0]}: {r[1]}', loader=lambda r: r[4], images=lambda r: r[3], family=lambda r: r[2])
     res = {k: table(bad, f, cols) for k, f in by.items()}
     cols = 'right', 'cannot tell', 'false alarm', 'raised'
