@@ -578,7 +578,7 @@ def severity(folder, p):
     import timm
     from scipy.stats import spearmanr
     from fastai_normx.cli import _lite0_weights
-    from fastai_normx.evidence import _harm
+    from fastai_normx.harm import harm as estimate
     m = timm.create_model('tf_efficientnet_lite0').eval()
     m.load_state_dict(_lite0_weights())
     rows = list(csv.DictReader(open(folder/'labels.csv')))
@@ -599,7 +599,7 @@ def severity(folder, p):
     ref, res = answers(E), {}
     for k, c in cases.items():
         a = answers(c)
-        res[k] = dict(top1=(a == y).float().mean().item(), changed=(a != ref).float().mean().item(), harm=_harm(E, c))
+        res[k] = dict(top1=(a == y).float().mean().item(), changed=(a != ref).float().mean().item(), harm=estimate(E, Affine(*c)))
         print(f'{k:26} top-1 {res[k]["top1"]:.3f}  changed {res[k]["changed"]:.3f}  harm {res[k]["harm"]:.3f}', flush=True)
     top1, changed, harm = ([r[k] for r in res.values()] for k in ('top1', 'changed', 'harm'))
     rank = {k: -spearmanr(top1, v).statistic for k, v in (('harm', harm), ('changed', changed))}
