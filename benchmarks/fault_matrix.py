@@ -464,7 +464,7 @@ def verdict(case, data, r):
     "What the report `r` is worth"
     fault = case.fault
     if not fault.kind: return {'ok': 'right', 'cannot tell': 'cannot tell', 'mismatch': 'false alarm'}[r.outcome]
-    if not case.shown: return 'not shown' if r.outcome == 'ok' else 'wrongly named'
+    if not case.shown: return 'wrongly named' if r.outcome == 'mismatch' else 'not shown'
     if fault.note and r.outcome == 'mismatch': return 'wrongly named'
     if fault.note: return 'named' if any(f.kind == fault.kind for f in r.findings) else 'missed'
     named = r.outcome == 'mismatch' and r.kind == fault.kind
