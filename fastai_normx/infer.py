@@ -217,6 +217,7 @@ def _settle(ls):
         fits = [_fits(ls[i], ms[i], ss[i]) for i in on]
         if all(fits): found.append((name, ms, ss, fits))
     if not on or not found: return
+    found.sort(key=lambda o: max(g for _,g in o[3])) # images that use every level before images that leave some out
     name,ms,ss,fits = found[0]
     conf = dict(zip(on, _trust([ls[i] for i in on], fits, [ms[i] for i in on], [ss[i] for i in on])))
     return name, ms, ss, [conf.get(i, 0.)/len(found) for i in range(len(ls))]

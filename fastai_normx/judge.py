@@ -42,9 +42,11 @@ def still(stats):
 
 def _channel_count(v, E, case):
     "A finding about the number of channels, or None"
-    def finding(what, fix): return Finding('channel_count', 'error', what, fix, 1.)
-    if v.ndim==5 and v.n_in==1 and E.n_in>1: return finding('The batches have an axis too many: 5, with one channel on axis 1.',
-        'a `Normalize` is made for batches: move it from item_tfms to batch_tfms. For video pass `dim=2`')
+    def finding(what, fix, code=''): return Finding('channel_count', 'error', what, fix, 1., code)
+    if v.ndim==5 and v.n_in==1 and E.n_in>1:
+        axes = 'The batches have an axis too many: 5, with one channel on axis 1. A `Normalize` in item_tfms does that.'
+        code = f'{case.dls}.normalize_for({case.source})' if case.dls else ''
+        return finding(axes, f'`{code}`' if code else 'put `Normalize` into batch_tfms; for video pass `dim=2`', code)
     if v.odd: return finding(f'The batches have {v.odd[0]} channels, and then {v.odd[1]}.',
         'convert all images to one mode, for example `im.convert("RGB")`')
     if v.n_in==E.n_in: return
@@ -183,7 +185,7 @@ def _beyond(e, case):
         cut = (f'The values are cut off at 0 and 1, where {zeros:.0%} and {ones:.0%} of them lie: '
                'colour augmentation after `Normalize` does that.')
         return finding('wrong_range', 'error', cut, 'put `Normalize` after all colour augmentation', .5)
-    if fit.inside>=.98 and fit.span<=sliver and len(v)>=_few:
+    if fit.span<=sliver and len(v)>=_few:
         thin = (f'All {len(v)} images together span {fit.span:.1%} of the range that {who(E)} expects: '
                 'divided by 255 twice, or deeper than 8 bits?')
         return finding('wrong_range', 'error', thin, right, .9)
@@ -192,7 +194,7 @@ def _beyond(e, case):
     beyond = f'The values do not fit: they go from {lo} to {hi}, which pixels normalized as {who(E)} expects cannot.'
     return finding(kind, 'warning', beyond, right, .5)
 
-_few = 8 # Images that may all be dull by chance
+_few = 32 # Fewer images may all be dull by chance
 
 def judge_set(name, e, case):
     "`(findings, impact)` for one set"

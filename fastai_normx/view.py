@@ -39,7 +39,7 @@ class InputView:
         self.ndim = 4 # Axes of a batch
         self.settled = False # Has the callback decided about this set?
         self._kept,self._looks = [],0
-        self._agreed = False # Are `inferred` known constants, or those of several batches?
+        self.agreed = False # Is `inferred` a known family, or the same in several batches?
         self._pixels,self._means = [],[]
         self._at_ends = None
 
@@ -49,7 +49,7 @@ class InputView:
     @property
     def empty(self): "Is there a channel without a finite value?"; return not (self.stats.count>0).all()
     @property
-    def sure(self): "Is the lattice of every channel certain?"; return self._agreed and all(self.inferred.determined)
+    def sure(self): "Is the lattice of every channel certain?"; return self.agreed and all(self.inferred.determined)
     @property
     def full(self): return len(self)>=self.n_items or bool(self.odd)
     @property
@@ -111,7 +111,7 @@ def look(self:InputView):
     if not found: return
     known = 'no known constants' not in found.source
     again = self.inferred is not None and Affine(*found).same(Affine(*self.inferred), 1e-3)
-    if known or several or again: self._agreed = True
+    if known or several or again: self.agreed = True
     if not self.inferred or found.confidence>self.inferred.confidence: self.inferred = found
 
 @patch
@@ -174,7 +174,7 @@ def bits(self:InputView,
     if not len(v) or v.min()<-.02: return
     top = float((self.stats.max.numpy()*s+m).max())
     if _whole(v, 3): return (_depth(top),1) if top>255.5 else None
-    if top>1.02 and _whole(v*255): return _depth(top*255),255
+    if top>1.5 and _whole(v*255): return _depth(top*255),255
     if top<.0627 and _whole(v*65535) and not _whole(v*255, 2): return _depth(top*65535),65535
 
 def _depth(top):
