@@ -49,11 +49,11 @@ _trusted = .3 # Confidence in known constants that is enough to acquit
 
 def _nearly(found, expected):
     "The constants `found`, if only the mean is open, and only by so little that it does not matter; or None"
-    ranges = list(zip(found.mean_range, found.confidences))
-    if not all(c*(1+round(255*(high-low)))>=.8 for (low,high),c in ranges): return
+    widths = [high-low for low,high in found.mean_range]
+    if not all(math.isfinite(w) and c*(1+round(255*w))>=.8 for w,c in zip(widths, found.confidences)): return
     inside = all(low-1e-3<=m<=high+1e-3 for m,(low,high) in zip(expected.mean, found.mean_range))
     if inside and Affine(expected.mean, found.std).same(expected): return Affine(*expected)
-    if all(high-low<=_slack*std for (low,high),std in zip(found.mean_range, found.std)): return Affine(*found)
+    if all(w<=_slack*std for w,std in zip(widths, found.std)): return Affine(*found)
 
 def on_lattice(map, found):
     "Can `map` have made the lattice `found`, an `InferredStats` or None? Its std divides the one inferred then"
@@ -99,7 +99,7 @@ def is_clipped(view, expected)->bool:
     if (view.stats.min!=0).any() or (view.stats.max>1).any(): return False
     zeros,ones = view.at_ends.min(1).values
     found = view.inferred
-    if not found or min(found.on_lattice)<.5: return bool(zeros>=_many and ones>=_some)
+    if not found or min(found.on_lattice)<.9: return bool(zeros>=_many and ones>=_some)
     return bool(zeros>=_many) and not _is_level(0, found)
 
 # %% ../nbs/03e_evidence.ipynb #03e71e18

@@ -155,12 +155,17 @@ def _measure(case, v, A):
     if case.model is None or v.batch is None: return {}
     return impact(case.model, v.batch, corrected(v.batch, A.map, case.expected, v.dim))
 
+def _twice_with_model(kind, A, case):
+    "Are pixels normalized before a model that does it, too?"
+    if not case.inside or not any(case.inside.map.mean): return False
+    return kind!='wrong_range' or A.map.same(case.backbone)
+
 def _fault(name, e, case):
     "`(Finding or None, impact)` for constants that are not the expected ones"
     E,A = case.expected,e.applied
     if A.map.same(E, .02): return None,{}
     kind,what = mistake(A.map, E)
-    if case.inside and any(case.inside.map.mean) and kind!='wrong_range': kind = 'in_model'
+    if _twice_with_model(kind, A, case): kind = 'in_model'
     if A.bits: kind = 'wrong_range'
     share,measured = harm(E, A.map),_measure(case, e.view, A)
     m = mend(e, A, case)
