@@ -35,7 +35,6 @@ def _image_files(folder):
     for here,dirs,names in os.walk(folder, followlinks=True):
         real = os.path.realpath(here)
         dirs[:] = [] if real in entered else [d for d in dirs if not d.startswith('.')]
-        if real in entered: continue
         entered.add(real)
         for name in filter(_is_image, names):
             path = os.path.join(here, name)

@@ -9,7 +9,6 @@ __all__ = ['DataStatsWarning', 'ChannelStats', 'data_stats']
 
 # %% ../nbs/00_stats.ipynb #fde9ee19
 import dataclasses,json,math
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing,nullcontext
 from itertools import chain,islice
@@ -267,12 +266,11 @@ def margin(self:ChannelStats,
 
 # %% ../nbs/00_stats.ipynb #ebbb38bd
 def _inside(b):
-    "What the container `b` holds: a tuple, list, mapping, anything with `keys`, `values` and `items`, or a dataclass; None if it is none of them"
+    "What the container `b` holds: a tuple, list, anything with `keys`, `values` and `items`, or a dataclass; None if it is none of them"
     if isinstance(b, (tuple,list,L)): return list(b)
-    if isinstance(b, Mapping): return list(b.values())
     if isinstance(b, type): return None
-    if dataclasses.is_dataclass(b): return [getattr(b, f.name, None) for f in dataclasses.fields(b)]
     if all(callable(getattr(b, k, None)) for k in ('keys','values','items')): return list(b.values())
+    if dataclasses.is_dataclass(b): return [getattr(b, f.name, None) for f in dataclasses.fields(b)]
     return None
 
 def _leaves(b):
