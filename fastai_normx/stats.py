@@ -358,7 +358,8 @@ def _source(data, order, partly, raw, mode, n_items, broken, deep=None):
         return _file_stats(fs, mode, n_items, broken, [] if deep is None else deep),min(len(fs), n_items or len(fs))/64,True
     one_batch = not isinstance(data, (tuple,list,L)) and _inside(data) is not None
     if one_batch or not hasattr(data, '__iter__'): raise ValueError(
-        f'data_stats cannot read {type(data).__name__}. It takes a DataLoaders, a fastai or PyTorch loader, a Learner, a folder or list of image files, or an iterable of batches: for one batch pass `[batch]`.')
+        f'data_stats cannot read {type(data).__name__}. It takes a DataLoaders, a fastai or PyTorch loader, a Learner, '
+        'a folder or list of image files, or an iterable of batches: for one batch pass `[batch]`.')
     return (b for b in data),len(data) if hasattr(data, '__len__') else None,False
 
 # %% ../nbs/00_stats.ipynb #4abec01d
