@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.foundation import L
 from fasttransform import compose_tfms
+from torch import Tensor
 from torch.utils.data import DataLoader as TorchDL,Dataset,Subset
 from fastai.data.core import DataLoaders,TfmdLists
 from fastai.data.load import DataLoader
@@ -35,7 +36,6 @@ def _image_files(folder):
     for here,dirs,names in os.walk(folder, followlinks=True):
         real = os.path.realpath(here)
         dirs[:] = [] if real in entered else [d for d in dirs if not d.startswith('.')]
-        if real in entered: continue
         entered.add(real)
         for name in filter(_is_image, names):
             path = os.path.join(here, name)
@@ -46,7 +46,8 @@ def _image_files(folder):
 def _files(data):
     "The image files that `data`, a folder, file or list of files, stands for"
     if not _is_file(data): return list(data)
-    if not os.path.lexists(data): raise ValueError(f'data_stats takes a folder of images, and {str(data)!r} does not exist: check the path.')
+    if not os.path.lexists(data): raise ValueError(
+        f'data_stats takes a folder of images, and {str(data)!r} does not exist: check the path.')
     files = _image_files(data) if Path(data).is_dir() else [data]
     if files: return files
     raise ValueError(f'data_stats found no image files in {str(data)!r} or below: check the path, or pass the list of files.')
@@ -90,7 +91,8 @@ class DeepFiles:
 
     def __str__(self):
         who = f'{len(self.files)} of {self.n_looked} image files hold'
-        if self.bits: return f'{who} more than 8 bits: their greatest value is {self.top:,.0f}, so {self.bits} bits. Pillow clips them at 255.'
+        if self.bits: return (f'{who} more than 8 bits: their greatest value is {self.top:,.0f}, so {self.bits} bits. '
+                              'Pillow clips them at 255.')
         if self.floats: return f'{who} floats, from {self.least:.4g} to {self.top:.4g}. Pillow makes whole numbers from 0 to 255 of them.'
         return f'{who} values from {self.least:,.0f} to {self.top:,.0f}. Pillow clips them to 0-255.'
 
@@ -209,7 +211,7 @@ def files_behind(
 def _holds_files(data):
     "Is `data` a folder, an image file or a list of files?"
     if _is_file(data): return True
-    if isinstance(data, (Mapping,Dataset,DataLoader,TorchDL,DataLoaders)) or hasattr(data, 'dtype') and not hasattr(data, 'iloc'): return False
+    if isinstance(data, (Mapping,Dataset,DataLoader,TorchDL,DataLoaders,Tensor,np.ndarray)): return False
     if not hasattr(data, '__getitem__') or not hasattr(data, '__len__'): return False
     return len(data)>0 and _is_file(data[0])
 
@@ -224,8 +226,10 @@ def deep_behind(
     data, # `Learner`, `DataLoaders` (all of its sets), a loader or dataset, image folder, or list of files
     most:int=64 # Open at most this many files of each set, at even distances
 )->DeepFiles: # None: nothing gets lost, as far as could be seen
-    "Do the image files behind `data` hold more than the 8 bits that Pillow's `convert` keeps? Headers are read, nothing is changed, and no error is raised"
+    "Do the image files behind `data` hold more than 8 bits? Mostly headers are read, nothing is changed, no error is raised"
     try:
         sets = _all_behind(data)
-        return deep_files([f for files in sets for f in _evenly(files, most)], most*len(sets), getattr(sets[0], 'mode', 'RGB')) if sets else None
+        if not sets: return None
+        looked = [f for files in sets for f in _evenly(files, most)]
+        return deep_files(looked, len(looked), getattr(sets[0], 'mode', 'RGB'))
     except Exception: return None

@@ -50,16 +50,22 @@ def _flat(b):
     "What fastai's transforms reach of a batch: they go into tuples and lists, not into dicts"
     return list(chain.from_iterable(map(_flat, b))) if isinstance(b, (tuple,list)) else [b]
 
+def _way_out(x, nrm):
+    "What to do about images `x` whose shape the constants in `nrm` are not for"
+    if x.ndim==nrm.mean.ndim-1: return 'If this is one item, move the `Normalize` from item_tfms to batch_tfms: it is made for batches.'
+    if x.ndim==nrm.mean.ndim and x.shape[nrm.dim]==1: return (
+        'Load them as RGB (`ImageBlock`, not `ImageBlock(PILImageBW)`), or for a model with `n_in=1` pass `n_in=1` here too.')
+    return 'Pass `n_in=` (and `extra=` for channels beyond RGB), or `dim=`/`ndim=` for another layout.'
+
 def _check_batch(nrm, b):
     "Raise if the images in `b` cannot be meant for the constants in `nrm`; warn if there is no image to normalize"
     n,ndim,dim,who = nrm.mean.numel(),nrm.mean.ndim,nrm.dim,nrm.norm_stats['source']
     imgs = [o for o in _flat(b) if isinstance(o, TensorImage)]
+    several = ' Normalize acts on every TensorImage of a batch, targets too: give a target that is no input image another type.'
     for x in imgs:
         if x.ndim!=ndim or x.shape[dim]!=n: raise ValueError(
-            f'Normalize ({who}) has constants for {n} channel(s) on axis {dim} of {ndim}, and received images of shape {tuple(x.shape)}. ' + (
-            'Load them as RGB (`ImageBlock`, not `ImageBlock(PILImageBW)`), or for a model with `n_in=1` pass `n_in=1` here too.' if x.ndim==ndim and x.shape[dim]==1
-            else 'If this is one item, move the `Normalize` from item_tfms to batch_tfms: it is made for batches.' if x.ndim==ndim-1 else 'Pass `n_in=` (and `extra=` for channels beyond RGB), or `dim=`/`ndim=` for another layout.') + (
-            ' Normalize acts on every TensorImage of a batch, targets too: give a target that is no input image another type.' if len(imgs)>1 else ''))
+            f'Normalize ({who}) has constants for {n} channel(s) on axis {dim} of {ndim}, '
+            f'and received images of shape {tuple(x.shape)}. {_way_out(x, nrm)}{several if len(imgs)>1 else ""}')
         if not x.is_floating_point(): raise ValueError(
             f'Normalize ({who}) received {x.dtype} images, and its constants are for floats in [0,1]: put `IntToFloatTensor` before it')
     if not imgs: _warn(f'Normalize ({who}) found no image in this batch and changed nothing: it acts on TensorImage, and received '
@@ -74,7 +80,9 @@ def __call__(self:Normalize, x, split_idx=None, **kwargs):
 # %% ../nbs/02_normalize.ipynb #3b046517
 _events = 'after_item','before_batch','after_batch'
 
-def _has_pipeline(dl): "Is there an `after_batch` that `Normalize` can be put into?"; return isinstance(getattr(dl, 'after_batch', None), Pipeline)
+def _has_pipeline(dl):
+    "Is there an `after_batch` that `Normalize` can be put into?"
+    return isinstance(getattr(dl, 'after_batch', None), Pipeline)
 
 def _take_out(dl, cls):
     "`(pipeline, transform)` of each `cls` in the pipelines of `dl`, which hold none afterwards"
@@ -118,14 +126,16 @@ def _warn_divisor(dls, s):
     "Warn if the constants `s` are for [0,1] and 8-bit pixels are not brought there"
     if max(*s.mean, *s.std)>1: return # for pixels in 0-255
     odd = [div for dl in dls.loaders if (div := _divisor(dl)) is not None and abs(div/255-1)>.01 and _gets_bytes(dl)]
-    if odd: _warn(f'normalize_for put the constants of {s.source} there, which are for pixels in [0,1], but IntToFloatTensor divides 8-bit pixels by '
-                  f'{" or ".join(f"{d:g}" for d in dict.fromkeys(odd))}. Pass `div=255` too: `dls.normalize_for(..., div=255)`.')
+    by = ' or '.join(f'{d:g}' for d in dict.fromkeys(odd))
+    if odd: _warn(f'normalize_for put the constants of {s.source} there, which are for pixels in [0,1], '
+                  f'but IntToFloatTensor divides 8-bit pixels by {by}. Pass `div=255` too: `dls.normalize_for(..., div=255)`.')
 
 # %% ../nbs/02_normalize.ipynb #eedd05e1
 def _check_normalizable(dls, div):
     if not dls.loaders: raise ValueError('This DataLoaders holds no loader to normalize')
     if odd := [type(dl).__name__ for dl in dls.loaders if not _has_pipeline(dl)]: raise ValueError(
-        f'normalize_for needs fastai loaders with an `after_batch` pipeline; this DataLoaders holds {", ".join(odd)}. Normalize in their dataset instead.')
+        f'normalize_for needs fastai loaders with an `after_batch` pipeline; this DataLoaders holds {", ".join(odd)}. '
+        'Normalize in their dataset instead.')
     if div is not None and (isinstance(div, bool) or not isinstance(div, Real) or not 0<div<math.inf): raise ValueError(
         f'`div` is the value of white, a number above 0, e.g. 255 for 8-bit pixels; received {div!r}')
 

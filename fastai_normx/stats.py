@@ -9,7 +9,6 @@ __all__ = ['DataStatsWarning', 'ChannelStats', 'data_stats']
 
 # %% ../nbs/00_stats.ipynb #fde9ee19
 import dataclasses,json,math
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing,nullcontext
 from itertools import chain,islice
@@ -267,12 +266,11 @@ def margin(self:ChannelStats,
 
 # %% ../nbs/00_stats.ipynb #ebbb38bd
 def _inside(b):
-    "What the container `b` holds: a tuple, list, mapping, anything with `keys`, `values` and `items`, or a dataclass; None if it is none of them"
+    "What the container `b` holds: a tuple, list, anything with `keys`, `values` and `items`, or a dataclass; None if it is none of them"
     if isinstance(b, (tuple,list,L)): return list(b)
-    if isinstance(b, Mapping): return list(b.values())
     if isinstance(b, type): return None
-    if dataclasses.is_dataclass(b): return [getattr(b, f.name, None) for f in dataclasses.fields(b)]
     if all(callable(getattr(b, k, None)) for k in ('keys','values','items')): return list(b.values())
+    if dataclasses.is_dataclass(b): return [getattr(b, f.name, None) for f in dataclasses.fields(b)]
     return None
 
 def _leaves(b):
@@ -305,7 +303,7 @@ def _histogram(f, mode):
     except Exception as e: return e
 
 def _file_stats(files, mode, n_items, broken, deep):
-    "`ChannelStats` of 64 files at a time, until `n_items` were readable; the others go to `broken`, those with more than 8 bits also to `deep`"
+    "`ChannelStats` of 64 files at a time, until `n_items` were readable; the others go to `broken`, files of more than 8 bits to `deep`"
     files,got = iter(files),0
     with ThreadPoolExecutor(min(16, defaults.cpus)) as ex:
         while fs := list(islice(files, 64 if n_items is None else min(64, n_items-got))):
@@ -358,8 +356,10 @@ def _source(data, order, partly, raw, mode, n_items, broken, deep=None):
     if _holds_files(data):
         fs = order(_files(data))
         return _file_stats(fs, mode, n_items, broken, [] if deep is None else deep),min(len(fs), n_items or len(fs))/64,True
-    if not hasattr(data, '__iter__') or not isinstance(data, (tuple,list,L)) and _inside(data) is not None: raise ValueError(f'data_stats cannot read {type(data).__name__}. It takes a DataLoaders, a fastai or PyTorch loader, '
-        'a Learner, a folder or list of image files, or an iterable of batches: for one batch pass `[batch]`.')
+    one_batch = not isinstance(data, (tuple,list,L)) and _inside(data) is not None
+    if one_batch or not hasattr(data, '__iter__'): raise ValueError(
+        f'data_stats cannot read {type(data).__name__}. It takes a DataLoaders, a fastai or PyTorch loader, a Learner, '
+        'a folder or list of image files, or an iterable of batches: for one batch pass `[batch]`.')
     return (b for b in data),len(data) if hasattr(data, '__len__') else None,False
 
 # %% ../nbs/00_stats.ipynb #4abec01d

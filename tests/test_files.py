@@ -58,7 +58,7 @@ kinds = [('10.png', ramp(1023), 10, 0, 1023), ('12.png', ramp(4095), 12, 0, 4095
     ('16.jp2', ramp(65535), 16, 0, 65535), ('float16bit.tif', ramp(65535, np.float32), None, 0, 65535), ('whole floats.tif', ramp(4095, np.float32).round(), 12, 0, 4095),
     ('unit.tif', ramp(1, np.float32), None, 0, 1), ('almost unit.tif', ramp(.93, np.float32), None, 0, 1), ('tiny.tif', ramp(.01, np.float32), None, 0, .01),
     ('metres.tif', ramp(80.5, np.float32), None, 0, 80.5), ('signed.tif', ramp(3071, np.int32, -1024), None, -1024, 3071), ('normalized.tif', ramp(2.64, np.float32, -2.12), None, -2.12, 2.64),
-    ('32 bits.tif', ramp(10**6, np.int32), None, 0, 10**6)]
+    ('never black.tif', ramp(80.5, np.float32, 5), None, 0, 80.5), ('32 bits.tif', ramp(10**6, np.int32), None, 0, 10**6)]
 
 
 @pytest.mark.parametrize('name,values,bits,black,white', kinds, ids=[k[0] for k in kinds])
@@ -189,6 +189,15 @@ def deep_folder(tmp_path):
 split = IndexSplitter([0, 5, 7])
 
 
+def at_random(f):
+    "A user's getter that draws from every generator"
+    random.random(), np.random.rand(), torch.rand(1)
+    return f
+
+
+def drawn(path): return DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_x=at_random, get_y=lambda f: f.parent.name, splitter=split).dataloaders(path, bs=2, num_workers=0)
+
+
 def from_block(path): return DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=lambda f: f.parent.name, splitter=split).dataloaders(path, bs=2, num_workers=0)
 
 
@@ -213,7 +222,7 @@ def two_inputs(path):
     return DataLoaders(TfmdDL(ds.train, bs=2), TfmdDL(ds.valid, bs=2))
 
 
-fastai_ways = [from_block, from_table, from_df, from_datasets, two_inputs, lambda p: ImageDataLoaders.from_folder(p, valid_pct=.25, bs=2, num_workers=0)]
+fastai_ways = [from_block, drawn, from_table, from_df, from_datasets, two_inputs, lambda p: ImageDataLoaders.from_folder(p, valid_pct=.25, bs=2, num_workers=0)]
 
 
 @pytest.mark.parametrize('make', fastai_ways)

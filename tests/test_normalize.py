@@ -313,8 +313,14 @@ class Half(Transform):
     def encodes(self, x: TensorImage): return x/2
 
 
-pipelines = {'1': [IntToFloatTensor(div=1)], '65535': [IntToFloatTensor(div=65535)], '255': [], 'twice': [IntToFloatTensor(), IntToFloatTensor(order=11)], 'normalized': [IntToFloatTensor(div=1), Normalize.from_stats([.1], [.9], cuda=False)],
-    'order': [IntToFloatTensor(div=1, order=20)], '255*255': [IntToFloatTensor(div=255*255)]}
+def division(div, order):
+    t = IntToFloatTensor(div=div)
+    t.order = order
+    return t
+
+
+pipelines = {'1': [IntToFloatTensor(div=1)], '65535': [IntToFloatTensor(div=65535)], '255': [], 'normalized': [IntToFloatTensor(div=1), Normalize.from_stats([.1], [.9], cuda=False)],
+    'order': [division(1, 20)], '255*255': [IntToFloatTensor(div=255*255)]}
 
 
 @pytest.mark.parametrize('tfms', pipelines.values(), ids=pipelines)
@@ -341,7 +347,7 @@ def test_div_adds_a_division_where_there_is_none(photo_dls):
 
 
 def test_div_mends_a_division_among_the_item_transforms(photo_dls):
-    dls = photo_dls(item_tfms=[IntToFloatTensor(div=1, order=30), ])
+    dls = photo_dls(item_tfms=[division(1, 30), ])
     assert [len(divs(dl)) for dl in dls.loaders] == [2, 2]
     check_at_model(dls.normalize_for('resnet50', div=255), *imagenet)
 
@@ -375,8 +381,13 @@ def test_another_divisor_is_said_with_what_mends_it(photo_dls, div):
     check_at_model(dls, *imagenet, div)  # as asked for
 
 
-def test_two_divisions_in_a_row_are_said(photo_dls):
-    with pytest.warns(ExpectedStatsWarning, match='divides 8-bit pixels by 65025'): photo_dls(IntToFloatTensor(order=11), IntToFloatTensor()).normalize_for('resnet50')
+def test_two_divisions_in_a_row_are_said_and_become_one(photo_dls):
+    dls = photo_dls()
+    dls.add_tfms([division(255, 11)], 'after_batch')  # a DataBlock keeps one of each class
+    with pytest.warns(ExpectedStatsWarning, match='divides 8-bit pixels by 65025'): dls.normalize_for('resnet50')
+    check_at_model(dls, *imagenet, 65025)
+    check_at_model(dls.normalize_for('resnet50', div=255), *imagenet)
+    assert [divs(dl) for dl in dls.loaders] == [[255]]*2
 
 
 def tensor_dls(x, *tfms):
@@ -437,3 +448,12 @@ def test_from_data_says_when_files_hold_more_than_8_bits(tmp_path):
         n = Normalize.from_data(dls, cuda=False)
     own = np.stack([np.asarray(Image.open(f)).astype(np.float64)/4095 for f in dls.train.items])
     assert np.allclose(n.norm_stats['mean'], own.mean(), atol=1e-3) and np.allclose(n.norm_stats['std'], own.std(), atol=1e-3)
+
+
+def test_looking_at_an_item_draws_no_random_number(photo_dls):
+    import random
+    from fastai.vision.all import RandomResizedCrop
+    dls = photo_dls(IntToFloatTensor(div=1), item_tfms=RandomResizedCrop(32))
+    state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    with pytest.warns(ExpectedStatsWarning, match='divides 8-bit pixels by 1'): dls.normalize_for('resnet50')
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == state[:2] and torch.equal(torch.get_rng_state(), state[2])
