@@ -87,6 +87,7 @@ def from_depth(view, expected)->Applied:
 
 # %% ../nbs/03e_evidence.ipynb #03e71e15
 _many,_some = .2,.02 # Shares of values that are exactly 0, and exactly 1
+_most = .6 # Share that is one or the other
 
 def _is_level(v, found):
     "Is `v` a level of 8-bit pixels, in every channel, if the constants `found` made the values?"
@@ -99,7 +100,9 @@ def is_clipped(view, expected)->bool:
     if (view.stats.min!=0).any() or (view.stats.max>1).any(): return False
     zeros,ones = view.at_ends.min(1).values
     found = view.inferred
-    if not found or min(found.on_lattice)<.9: return bool(zeros>=_many and ones>=_some)
+    if not found or min(found.on_lattice)<.9:
+        most = view.at_ends.sum(0).min()>=_most and min(zeros, ones)>=_many/2
+        return bool(most or zeros>=_many and ones>=_some)
     return bool(zeros>=_many) and not _is_level(0, found)
 
 # %% ../nbs/03e_evidence.ipynb #03e71e18
