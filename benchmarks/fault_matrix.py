@@ -192,6 +192,13 @@ def right_fits(x, expected):
     return 'yes' if (abs(lo) < .006).all() or (abs(hi-1) < .006).all() else 'grey'
 
 
+def right_levels(x, expected):
+    "Could a right pipeline have made the values `x` of 8-bit images? Undone, all of them are levels from 0 to 255"
+    mean, std = (torch.tensor(o, dtype=torch.float64).view(-1, *[1]*(x.ndim-2)) for o in expected)
+    levels = (x.double()*std+mean)*255
+    return bool((levels-levels.round()).abs().max() < .02 and levels.min() > -.5 and levels.max() < 255.5)
+
+
 def black_and_white(x):
     "Are both in each channel of the pixels `x` in [0,1]?"
     lo, hi = x.amin((0, 2, 3)), x.amax((0, 2, 3))
@@ -471,7 +478,10 @@ def verdict(case, data, r):
     expected = case.before_model or tuple(expected_stats(families[case.family]))
     if r.outcome == 'mismatch' and not named:
         either = fault.cut and r.kind == 'not_normalized' and (expected == halves or not all(map(plainly_cut, sees(data))))
+        either |= fault.kind == 'in_model' and r.kind == 'wrong_range' and max(case.before_model[1]) < .1  # the model takes 0-255
         return 'either' if either else 'wrongly named'
+    if fault.kind in hideable and not case.no_lattice and r.outcome != 'mismatch':
+        if all(right_levels(x, expected) for x in sees(data)): return 'right fits'
     if fault.kind in hideable and case.no_lattice:
         fits = {right_fits(x, expected) for x in sees(data)}
         hidden = not fits & ({'no', 'grey'} if case.full_range and not fault.cut else {'no'})

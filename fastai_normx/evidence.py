@@ -89,21 +89,30 @@ def from_depth(view, expected)->Applied:
 _many,_some = .2,.02 # Shares of values that are exactly 0, and exactly 1
 _most = .6 # Share that is one or the other
 
-def _is_level(v, found):
-    "Is `v` a level of 8-bit pixels, in every channel, if the constants `found` made the values?"
+def _are_levels(view):
+    "Are the values themselves 8-bit levels divided by 255? If all of many are odd, every other is missing, as after 0.5 / 0.5"
+    u = view.pixels.double()*255
+    u = u[(u>0)&(u<255)]
+    levels = u.round().unique()
+    if not len(u) or ((u-u.round()).abs()<.02).float().mean()<.98: return False
+    return len(levels)<_gaps or not (levels%2==1).all()
+
+def _between_levels(v, found):
+    "Is `v` no level of the lattice `found` in any channel?"
+    if not found or min(found.on_lattice)<.9: return False
     levels = [255*(v*std+mean) for mean,std in zip(found.mean, found.std)]
-    return all(abs(k-round(k))<.1 and -.5<k<255.5 for k in levels if math.isfinite(k))
+    return all(abs(k-round(k))>.1 for k in levels if math.isfinite(k))
+
+_gaps = 32 # Levels that are not all odd by chance
 
 def is_clipped(view, expected)->bool:
     "Were values cut off at 0 and 1 after they were normalized?"
-    if view.n_in!=expected.n_in or view.empty or max(expected.mean)<=0: return False
-    if (view.stats.min!=0).any() or (view.stats.max>1).any(): return False
+    if view.n_in!=expected.n_in or view.empty or max(m/s for m,s in zip(*expected))<.01: return False
+    if (view.stats.min!=0).any() or (view.stats.max>1).any() or _are_levels(view): return False
     zeros,ones = view.at_ends.min(1).values
-    found = view.inferred
-    if not found or min(found.on_lattice)<.9:
-        most = view.at_ends.sum(0).min()>=_most and min(zeros, ones)>=_many/2
-        return bool(most or zeros>=_many and ones>=_some)
-    return bool(zeros>=_many) and not _is_level(0, found)
+    if zeros>=_many and _between_levels(0, view.inferred): return True # nothing is darker, and no pixel can be there
+    most = view.at_ends.sum(0).min()>=_most and min(zeros, ones)>=_many/2
+    return bool(most or zeros>=_many and ones>=_some)
 
 # %% ../nbs/03e_evidence.ipynb #03e71e18
 def _distinct(explanations):

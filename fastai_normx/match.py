@@ -40,6 +40,8 @@ _all_ = ['Finding','MatchReport','StatsMatchWarning','infer_normalization']
 def _behind(backbone, found):
     "What must reach a model that does `found` to its input, so that its first layer gets what `backbone` says"
     at_input = backbone.then(found.map.inverse())
+    none = plain.for_channels(backbone.n_in)
+    if at_input.same(none, 1e-3): at_input = none
     mean,std = ([float(f'{round(o, 9):.6g}')+0. for o in v] for v in at_input)
     return dataclasses.replace(backbone, mean=mean, std=std)
 
