@@ -17,9 +17,11 @@ from numbers import Integral,Real
 from pathlib import Path
 from types import FunctionType,MethodType
 
+import torch
 from fastcore.basics import ifnone,patch
 from torch import nn
 from .constants import Affine,families,grey,imagenet_pixels,short
+from .inside import inside
 from .transforms import _floats,_quote,is_transform,known,read_chain,_readers
 
 # %% ../nbs/01_expected.ipynb #91e401a3
@@ -435,16 +437,64 @@ def _with_n_in(s, n_in, extra=None):
         '`extra=Normalize.from_data(dls)`.'
         if n_in>s.n_in else f'there is no rule to choose by. Pass the constants: `(mean, std)` with {n_in} values each.'))
 
+# %% ../nbs/01_expected.ipynb #b4e238e1
+def _stated(source, n_in=None, extra=None)->NormStats:
+    "What is stated for the backbone that `source` names or holds, whatever a model does to images before it"
+    s = _resolve(source)
+    if not isinstance(s, NormStats): s = _stated(s)
+    return _with_n_in(s, ifnone(n_in, _channels(source)), extra)
+
+# %% ../nbs/01_expected.ipynb #b4e238e3
+def _behind(backbone, found):
+    "What must reach a model that does `found`, an `Inside`, so that its first layer gets what `backbone` says"
+    at_input = backbone.then(found.map.inverse())
+    none = Affine((0.,)*backbone.n_in, (1.,)*backbone.n_in)
+    if at_input.same(none, 1e-3): at_input = none
+    mean,std = ([float(f'{round(o, 9):.6g}')+0. for o in v] for v in at_input)
+    note = f'the model normalizes inside, with mean {short(found.map.mean)}, std {short(found.map.std)}'
+    return dataclasses.replace(backbone, mean=mean, std=std, notes=backbone.notes+(note,))
+
+def _from_inside(found):
+    "What a backbone expects that nobody names, if the model normalizes for it"
+    scale = 255 if max(found.map.mean)>1 or max(found.map.std)>1 else 1
+    return NormStats(*found.map.scaled(scale), 'the model, which normalizes inside,')
+
+_transform_modules = 'torchvision.transforms','albumentations','kornia.augmentation','kornia.enhance'
+
+def _holds_transforms(o): return isinstance(getattr(o, 'transforms', None), (list,tuple))
+
+def _reads_as_chain(o):
+    "Is `o` a transform, or so like one that the reader of chains should be the one to refuse it?"
+    return is_transform(o) or type(o).__module__.startswith(_transform_modules) or (_holds_transforms(o) and callable(o))
+
+def _model_of(source):
+    "The model of a `Learner`; anything else as it is"
+    try: return getattr(source, 'model', source)
+    except Exception: return source # a `DataLoaders` without a loader
+
+def _blank(model, n):
+    "A black image of the size that `model` was trained with"
+    cfgs = [c for m in model.modules() if (c := getattr(m, 'pretrained_cfg', None))]
+    size = [c.get('input_size') if isinstance(c, dict) else c.input_size for c in cfgs]
+    height,width = (size[0] if size and size[0] else (3,224,224))[1:]
+    p = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(0))
+    return torch.zeros(1, n, height, width, dtype=p.dtype, device=p.device)
+
 # %% ../nbs/01_expected.ipynb #b4e238e0
 def expected_stats(
     source, # Whatever names or holds a pretrained model; see the sections of this page
     n_in:int=None, # Channels of your images; None: as the source says
     extra=None # `(mean, std)` of the channels after the third, or a source for all `n_in` of them
 )->NormStats: # The constants, for pixels scaled to [0,1], and who states them
-    "The normalization that the weights behind `source` were trained with"
-    s = _resolve(source)
-    if not isinstance(s, NormStats): s = expected_stats(s)
-    return _with_n_in(s, ifnone(n_in, _channels(source)), extra)
+    "The normalization that the weights behind `source` were trained with, as it must reach the model"
+    model = _model_of(source)
+    if not isinstance(model, nn.Module) or _reads_as_chain(model): return _stated(source, n_in, extra)
+    found = inside(model, _blank(model, n_in or _channels(source) or 3))
+    try: backbone = _stated(source, n_in, extra)
+    except ValueError:
+        if not found or not found.map: raise
+        backbone = _from_inside(found)
+    return _behind(backbone, found) if found and found.map and found.map.n_in==backbone.n_in else backbone
 
 expected_stats.register = _resolve.register
 
@@ -580,14 +630,6 @@ def _from_folder(p):
     return s
 
 # %% ../nbs/01_expected.ipynb #26c1a6db
-_transform_modules = 'torchvision.transforms','albumentations','kornia.augmentation','kornia.enhance'
-
-def _holds_transforms(o): return isinstance(getattr(o, 'transforms', None), (list,tuple))
-
-def _reads_as_chain(o):
-    "Is `o` a transform, or so like one that the reader of chains should be the one to refuse it?"
-    return is_transform(o) or type(o).__module__.startswith(_transform_modules) or (_holds_transforms(o) and callable(o))
-
 @_resolve.register
 def _(source:object):
     if _load_fastai(source): return _resolve(source)
@@ -621,7 +663,7 @@ def _xray(m):
 def _configs(m):
     "The constants that `m` or the outermost modules inside it carry"
     if s := _config_of(m): return [s]
-    if type(m).__name__ in ('GeneralizedRCNNTransform','Normalize'): raise ValueError(
+    if type(m).__name__=='GeneralizedRCNNTransform': raise ValueError(
         f'It normalizes inside ({type(m).__name__}): give it pixels in [0,1] and no `Normalize`')
     return [s for o in m.children() for s in _configs(o)]
 

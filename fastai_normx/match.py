@@ -21,9 +21,8 @@ from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import no_random,rank_distrib
-from .constants import constants_text,plain
 from .evidence import examine_all
-from .expected import NormStats,_warn,expected_stats
+from .expected import NormStats,_behind,_from_inside,_stated,_warn,expected_stats
 from .infer import infer_normalization
 from .inside import Inside,inside,random_weights
 from .judge import Case,judge,_numbers
@@ -37,19 +36,6 @@ from .view import InputView,pick
 _all_ = ['Finding','MatchReport','StatsMatchWarning','infer_normalization']
 
 # %% ../nbs/03_match.ipynb #m4tch002
-def _behind(backbone, found):
-    "What must reach a model that does `found` to its input, so that its first layer gets what `backbone` says"
-    at_input = backbone.then(found.map.inverse())
-    none = plain.for_channels(backbone.n_in)
-    if at_input.same(none, 1e-3): at_input = none
-    mean,std = ([float(f'{round(o, 9):.6g}')+0. for o in v] for v in at_input)
-    return dataclasses.replace(backbone, mean=mean, std=std)
-
-def _from_inside(found):
-    "What a backbone expects that nobody names, if the model normalizes for it"
-    scale = 255 if max(found.map.mean)>1 or max(found.map.std)>1 else 1
-    return NormStats(*found.map.scaled(scale), 'the model, which normalizes inside,')
-
 def _case(
     expected, # What `expected_stats` takes
     net, # An `nn.Module`, or None: not known
@@ -60,7 +46,7 @@ def _case(
 )->Case:
     "What is to be judged"
     found = inside(net, x, inputs, dim) if isinstance(net, nn.Module) and x is not None and x.is_floating_point() else None
-    try: backbone = expected_stats(expected, n_in)
+    try: backbone = _stated(expected, n_in)
     except ValueError:
         if not found or not found.map: raise
         backbone = _from_inside(found)
@@ -247,7 +233,7 @@ def _look(data, source, n_items, dim, n_in):
 
 def _n_in(source):
     "Channels that `source` expects; 3 for a model that does not say"
-    try: E = expected_stats(source)
+    try: E = _stated(source)
     except ValueError:
         if not isinstance(source, (Learner,nn.Module)): raise
         return 3
