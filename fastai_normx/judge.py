@@ -96,12 +96,12 @@ def _cause(kind, what, A, case):
     E = case.expected
     wants = f'{who(E)} expects {in_words(E)}'
     if kind=='in_model':
-        return f'The images are normalized before the model, with {what}, and again inside it, with {in_words(case.inside.map)}.'
+        return f'The images are normalized before the model ({what}) and again inside it ({in_words(case.inside.map)}).'
     if A.bits:
         bits,divisor = A.bits
         divided = 'not divided' if divisor==1 else f'divided by {divisor}'
         return f'These are pixels of {bits} bits, {divided}; {who(E)} expects them in [0,1] before {in_words(E)}.'
-    if kind=='not_normalized': return f'The images are not normalized: they reach the model as pixels in [0,1]; {wants}.'
+    if kind=='not_normalized': return f'The images are not normalized (pixels in [0,1]); {wants}.'
     if kind=='wrong_range': return f'The images have the wrong range: {what}; {wants}.'
     if kind=='normalized_twice': return f'The images are normalized twice, {what}; {wants}, once.'
     return f'The images are normalized with {what}; {wants}.'
@@ -111,10 +111,10 @@ _top1 = 88 # Per cent of 500 ImageNet photographs that EfficientNet-Lite0 gets r
 def cost_text(share, measured):
     "What a fault costs: `measured` with the model, or else estimated, a share of its accuracy"
     if 'changed' in measured: return f'With the expected input {measured["changed"]:.0%} of this model\'s answers change.'
-    if measured: return f'With the expected input the model\'s output moves by a cosine distance of {measured["cosine_distance"]:.2f}.'
+    if measured: return f'The expected input moves its output by a cosine distance of {measured["cosine_distance"]:.2f}.'
     if share<.005: return ''
     points = f'about {share*_top1:.0f} points of accuracy' if share<.9 else 'nearly all accuracy'
-    return f'Without training that costs {points} (estimated on EfficientNet-Lite0).'
+    return f'Without training it costs {points} (estimate for EfficientNet-Lite0).'
 
 # %% ../nbs/03h_judge.ipynb #03b7de21
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ def _range_in(said, A):
 def mend(e, A, case):
     "The `Mend` of images with the evidence `e`, to which `A` was applied"
     E,said = case.expected,e.said
-    normal = f'`transforms.Normalize({_numbers(E.mean)}, {_numbers(E.std)})` once, on pixels in [0,1], after `transforms.ToTensor()`'
-    if not any(E.mean) and all(s==1 for s in E.std): normal = 'leave out the normalization before the model: it takes pixels in [0,1]'
+    normal = f'`transforms.Normalize({_numbers(E.mean)}, {_numbers(E.std)})`, once, after `transforms.ToTensor()`'
+    if not any(E.mean) and all(s==1 for s in E.std): normal = 'leave out the one before the model: it takes pixels in [0,1]'
     if not case.dls or not said.mendable: return Mend(normal)
     top = _range_in(said, A)
     if top:

@@ -52,7 +52,7 @@ def worst_first(findings):
 def in_words(c):
     "The constants `c`, by their family's name if they have one"
     if not any(c.mean) and all(s==1 for s in c.std): return 'pixels in [0,1]'
-    if len({*c.mean})==len({*c.std})==1: return f'{c.mean[0]:.4g} / {c.std[0]:.4g}'
+    if len({*c.mean})==len({*c.std})==1: return f'{c.mean[0]:.4g}/{c.std[0]:.4g}'
     name = next((k for k,f in families.items() if f.for_channels(c.n_in).same(c)), None)
     return constants_text(c) if not name else f'{name} constants' if name=='satellite' else f"{name}'s constants"
 

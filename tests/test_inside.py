@@ -97,8 +97,8 @@ def test_right_input_is_silent_and_double_is_named(name):
         assert stats_match(loader(x), 'resnet18', model=model).outcome == 'ok'
         assert stats_match(loader(255*x), 'resnet18', model=models[name](I255)).outcome == 'ok'
     r = stats_match(loader(norm(x, *I)), 'resnet18', model=model, warn=False)
-    assert r.kind == 'in_model' and "with ImageNet's constants, and again inside it, with ImageNet's constants" in r.findings[0].message
-    assert 'leave out the normalization before the model' in r.findings[0].fix
+    assert r.kind == 'in_model' and "before the model (ImageNet's constants) and again inside it (ImageNet's constants)" in r.findings[0].message
+    assert 'leave out the one before the model' in r.findings[0].fix
     assert stats_match(loader(255*x), 'resnet18', model=model, warn=False).kind == 'wrong_range'
     assert stats_match(loader(x), 'resnet18', model=models[name](I255), warn=False).outcome == 'mismatch'
 

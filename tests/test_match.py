@@ -448,3 +448,39 @@ def test_report_counts_the_images_of_all_sets(learner):
     r = learner(Normalize.from_stats(*I)).stats_match(warn=False)
     n = sum(map(len, (v.stats for v in r.views.values())))
     assert len(r.views) == 2 and f'({n} images' in str(r) and f'({n} images' in r._repr_html_()
+
+
+# --- messages ----------------------------------------------------------------------------------------------------------
+
+def faulty():
+    "A report for each kind of fault, through a loader and through a learner's pipeline"
+    x = tiles(64)/255
+    twin = nn.Sequential(torch.nn.Conv2d(3, 4, 3))
+    twin.register_forward_pre_hook(lambda m, args: (norm(args[0], *I),))
+    hole, many = norm(x, *I), norm(x, *I)
+    hole[0, 0, 0, 0] = torch.nan
+    for E in ('resnet18', 'tf_efficientnet_lite0.in1k', 'vit_base_patch32_clip_224.openai'):
+        c = expected_stats(E)
+        data = dict(none=x, other=norm(x, (.3, .4, .5), (.2, .3, .4)), half=norm(x, *H), imagenet=norm(x, *I), twice=norm(norm(x, *c), *c), bytes=255*x, twice255=norm(x/255, *c),
+                    bgr=norm(x, c.mean[::-1], c.std[::-1]), grey=x[:, :1], nan=hole, clipped=norm(x, *c).clamp(0, 1), black=0*x, twelve=norm(x*255*16/65535, *c), noise=torch.randn(64, 3, 8, 8)*9)
+        for k, v in data.items(): yield k, stats_match(loader(v), E, warn=False)
+        yield 'sets', stats_match(DataLoaders(loader(norm(x, *c)), loader(x)), E, warn=False)
+        yield 'one by one', stats_match(loader((x-x.mean((2, 3), keepdim=True))/x.std((2, 3), keepdim=True)), E, warn=False)
+        yield 'inside', stats_match(loader(norm(x, *c)), E, model=nn.Sequential(Inside(c), nn.Conv2d(3, 8, 3)), warn=False)
+
+
+class Inside(nn.Module):
+    def __init__(self, c): super().__init__(); self.c = tuple(c)
+    def forward(self, x): return norm(x, *self.c)
+
+
+def test_a_warning_is_short():
+    "Cause, cost and fix in at most 40 words; the rest is in the report"
+    kinds = set()
+    for name, r in faulty():
+        for f in r.findings:
+            if f.severity == 'note': continue
+            kinds.add(f.kind)
+            assert len(str(f).split()) <= 40, (len(str(f).split()), name, str(f))
+            assert 'fine-tuned' not in str(f)
+    assert kinds == {'not_normalized', 'wrong_stats', 'normalized_twice', 'wrong_range', 'channel_order', 'channel_count', 'non_finite', 'constant_channel', 'split_mismatch', 'in_model'}
