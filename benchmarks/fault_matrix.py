@@ -208,7 +208,7 @@ def black_and_white(x):
 def plainly_cut(x):
     "Do so many values lie at exactly 0 and at exactly 1 that they must have been cut, and enough between that it is no drawing?"
     black, white = (x == 0).float().mean(), (x == 1).float().mean()
-    return min(black, white) > .05 and black+white < .95
+    return min(black, white) > .1 and black+white < .95
 
 
 def sees(data):
@@ -478,7 +478,7 @@ def verdict(case, data, r):
     expected = case.before_model or tuple(expected_stats(families[case.family]))
     if r.outcome == 'mismatch' and not named:
         either = fault.cut and r.kind == 'not_normalized' and (expected == halves or not all(map(plainly_cut, sees(data))))
-        either |= fault.kind == 'in_model' and r.kind == 'wrong_range' and max(case.before_model[1]) < .1  # the model takes 0-255
+        either |= fault.kind == 'in_model' and r.kind == 'wrong_range' and max(case.before_model[1]) > 100  # the model takes 0-255
         return 'either' if either else 'wrongly named'
     if fault.kind in hideable and not case.no_lattice and r.outcome != 'mismatch':
         if all(right_levels(x, expected) for x in sees(data)): return 'right fits'

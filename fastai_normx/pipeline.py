@@ -122,7 +122,8 @@ def _fastai_testimony(dl, n):
     tail = _normalizes([t for _,t in ts if acts], n)
     start = _start(pixels, div, n)
     mendable = isinstance(getattr(dl, 'after_batch', None), Pipeline) and acts
-    return Testimony(start and tail and start.then(tail), tuple(filter(None, unknown)), pixels, div, tail, files_behind(dl) is not None, mendable)
+    map = start and tail and start.then(tail)
+    return Testimony(map, tuple(filter(None, unknown)), pixels, div, tail, files_behind(dl) is not None, mendable)
 
 def _torch_testimony(dl, n):
     "`Testimony` of PyTorch's loader, if its dataset has transforms that can be read"

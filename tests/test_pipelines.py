@@ -1,0 +1,157 @@
+"Pipelines of fastai as users build them: transforms that cannot be read, other depths, and two sets that tell different halves of a story."
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import interpolate
+from torch.utils.data import DataLoader as TorchDL, TensorDataset
+
+from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, Datasets, ImageBlock, IntToFloatTensor, Normalize, PILImage, RandomSplitter, TensorImage, Transform,
+                               aug_transforms, imagenet_stats)
+from fastai_normx.all import expected_stats, stats_match
+from fastai_normx.pipeline import testimony as said_of
+
+H = ((.5,)*3, (.5,)*3)
+half = 'tf_efficientnet_lite0'
+
+
+def norm(x, mean, std): return (x-torch.tensor(mean).view(-1, 1, 1))/torch.tensor(std).view(-1, 1, 1)
+
+
+def tiles(n=64, size=32):
+    from sklearn.datasets import load_sample_images
+    rng, ims = np.random.default_rng(0), load_sample_images().images
+    at = [(ims[i % 2], rng.integers(0, 427-size), rng.integers(0, 640-size)) for i in range(n)]
+    return np.stack([im[y:y+size, x:x+size] for im, y, x in at])
+
+
+def pale(px): return (px*.45+135).astype(np.uint8)
+def loaders(*batch_tfms, px=None, item_tfms=None, get_x=None):
+    px = tiles() if px is None else px
+    block = DataBlock((ImageBlock, CategoryBlock), get_x=get_x or (lambda i: px[i]), get_y=lambda i: i % 2, splitter=RandomSplitter(.5, seed=0), item_tfms=item_tfms, batch_tfms=list(batch_tfms))
+    return block.dataloaders(range(len(px)), bs=16, num_workers=0)
+
+
+class Halves(Transform):
+    "A user's own normalization, before where fastai's would stand"
+    order = 98
+    def encodes(self, x: TensorImage): return (x-.5)/.5
+
+
+class Nothing(Transform):
+    order = 98
+    def encodes(self, x: TensorImage): return x
+
+
+def blurred(x: TensorImage): return interpolate(interpolate(x, 31, mode='bilinear'), 32, mode='bilinear')
+blurred.order = 97
+def halved(x: TensorImage): return (x-.5)*2
+halved.order = 98
+
+
+# --- a transform that cannot be read voids what the pipeline says -------------------------------------------------------
+
+@pytest.mark.parametrize('own', [Halves, lambda: halved], ids=['class', 'function'])
+@pytest.mark.parametrize('look', [lambda px: px, pale], ids=['photographs', 'pale'])
+@pytest.mark.parametrize('blur', [[], [blurred]], ids=['levels', 'floats'])
+def test_own_normalization_is_not_taken_for_none(own, look, blur):
+    "The pipeline holds no `Normalize`, and the pixels are normalized all the same"
+    dls = loaders(*blur, own(), px=look(tiles()))
+    r = dls.stats_match(half, warn=False)
+    assert r.outcome != 'mismatch', r
+    assert said_of(dls.train, 3).unknown and not said_of(dls.train, 3).trusted
+    if not blur: assert r.ok
+
+
+def test_own_normalization_and_fastais():
+    "Twice, and the fix must not promise what `normalize_for` cannot do"
+    dls = loaders(Halves(), Normalize.from_stats(*H))
+    r = dls.stats_match(half, warn=False)
+    f = r.findings[0]
+    assert r.kind == 'normalized_twice' and not f.code and f.fix.startswith('`Halves` changes the images before the model: take that out')
+    with pytest.raises(ValueError, match='take that out'): r.fix()
+
+
+def test_own_transforms_that_change_nothing():
+    assert loaders(Nothing(), Normalize.from_stats(*H)).stats_match(half).ok
+    assert loaders(Nothing(), *aug_transforms(), Normalize.from_stats(*H)).stats_match(half, warn=False).outcome != 'mismatch'
+
+
+def test_own_transforms_of_pillow_images_keep_the_testimony():
+    "Bytes go into `after_batch`, whatever was done to them before"
+    class Flipped(Transform):
+        def encodes(self, x: PILImage): return PILImage.create(np.asarray(x)[:, ::-1].copy())
+    dls = loaders(*aug_transforms(), Normalize.from_stats(*H), item_tfms=Flipped())
+    assert said_of(dls.train, 3).trusted and dls.stats_match(half).ok
+
+
+def test_a_subclass_that_changes_nothing_is_read():
+    class Mine(Normalize): pass
+    assert loaders(Mine.from_stats(*H)).stats_match(half).ok
+    assert loaders(*aug_transforms(), Mine.from_stats(*imagenet_stats)).stats_match(half, warn=False).kind == 'wrong_stats'
+
+
+# --- other depths -------------------------------------------------------------------------------------------------------
+
+def deep_loaders(bits, div, *tfms):
+    "Images of `bits` bits, as integers, and fastai's own transforms"
+    rng = np.random.default_rng(0)
+    px = tiles().astype(np.int32)
+    if bits > 8: px = px*2**(bits-8)+rng.integers(0, 2**(bits-8), px.shape)
+    def get(i): return TensorImage(torch.tensor(px[i]).permute(2, 0, 1).to(torch.uint8 if bits == 8 else torch.int32))
+    return Datasets(range(len(px)), [[get], [lambda i: i % 2]]).dataloaders(bs=16, after_batch=[IntToFloatTensor(div=div), *tfms], num_workers=0)
+
+
+@pytest.mark.parametrize('bits,div,said', [(16, 65535, ''), (12, 4095, ''), (10, 1023, ''), (8, 255, ''), (8, 65535, 'wrong_range'), (12, 65535, '12 bits'), (12, 255, '12 bits'),
+                                           (10, 255, '10 bits'), (16, 255, 'wrong_range'), (8, 1, 'wrong_range'), (8, 255*255, 'wrong_range')])
+def test_integers_of_any_depth(bits, div, said):
+    dls = deep_loaders(bits, div, Normalize.from_stats(*imagenet_stats))
+    r = dls.stats_match('resnet18', warn=False)
+    if not said:
+        assert r.ok, r
+        return
+    assert r.kind == 'wrong_range' and (said == r.kind or said in r.findings[0].message), r
+    if bits == 8:
+        exec(r.findings[0].code, dict(dls=dls))
+        assert dls.stats_match('resnet18').ok
+
+
+# --- two sets -----------------------------------------------------------------------------------------------------------
+
+def loader(x): return TorchDL(TensorDataset(x, torch.zeros(len(x))), 16)
+def chw(px): return torch.tensor(px).permute(0, 3, 1, 2)/255
+def soft(x): return interpolate(x, 31, mode='bilinear')
+
+
+@pytest.mark.parametrize('look', [lambda px: px, pale, lambda px: (px*.3).astype(np.uint8)], ids=['photographs', 'pale', 'dark'])
+def test_the_certain_finding_leads(look):
+    "One set is interpolated and only shows that something is wrong; the other shows what"
+    x = chw(look(tiles()))
+    E = expected_stats('resnet18')
+    def twice(y): return norm(norm(y, *E), *E)
+    r = DataLoaders(loader(twice(soft(x))), loader(twice(x))).stats_match('resnet18', warn=False)
+    assert [f.kind for f in r.findings if f.severity != 'note'] == ['normalized_twice'], r
+    assert not r.findings[0].sets
+
+
+def test_sets_that_know_themselves_borrow_nothing():
+    x = chw(pale(tiles()))
+    r = DataLoaders(loader(norm(x, *imagenet_stats)), loader(x)).stats_match('resnet18', warn=False)
+    assert r.kind == 'split_mismatch' and len([f for f in r.findings if f.severity != 'note']) == 1
+
+
+@pytest.mark.parametrize('train,valid', [([IntToFloatTensor(div=1)], [IntToFloatTensor(div=1)]), ([IntToFloatTensor(div=1), *aug_transforms()], [IntToFloatTensor(div=1)])], ids=['plain', 'augmented'])
+def test_the_same_fault_in_both_sets_is_one(train, valid):
+    dls = loaders(*train, Normalize.from_stats(*imagenet_stats))
+    r = dls.stats_match('resnet18', warn=False)
+    faults = [f for f in r.findings if f.severity != 'note']
+    assert [f.kind for f in faults] == ['wrong_range'] and faults[0].code == "dls.normalize_for('resnet18', div=255)"
+    r.fix()
+    assert dls.stats_match('resnet18').ok
+
+
+def test_values_cut_off_in_negatives():
+    "Colour augmentation after `Normalize`: most values end at exactly 0 or 1, however they are shared out"
+    E = expected_stats('vit_base_patch32_clip_224.openai')
+    x = torch.stack([(norm(o, *E)*f).clamp(0, 1) for o, f in zip(chw(255-tiles()), np.linspace(.8, 1.2, 64).astype(np.float32))])
+    r = stats_match(loader(x), E, warn=False)
+    assert r.kind == 'wrong_range' and 'cut off at 0 and 1' in r.findings[0].message and 'augmentation' in r.findings[0].fix
