@@ -68,12 +68,14 @@ def normx_check(
     n_in:int=None, # Channels of your images (default: as the backbone says)
     json:bool=False # Print JSON
 ):
-    "Do the images in a folder fit a backbone? Exit code 1 if they do not, 2 if they cannot be checked"
+    "Do the images in a folder fit a backbone? Exit code 1 if they do not, 2 if that cannot be told"
     with warnings.catch_warnings(record=True) as ws:
         warnings.simplefilter('always')
         from fastai_normx.match import stats_match
         from fastai_normx.stats import DataStatsWarning
-        try: r = stats_match(Path(folder).expanduser(), expected_stats(name, n_in), n_items=n_items, warn=False)
+        try:
+            if not folder.strip(): raise ValueError('the name of the folder is empty. For the current one: `normx check . NAME`.')
+            r = stats_match(Path(folder).expanduser(), expected_stats(name, n_in), n_items=n_items, warn=False)
         except (ValueError,ImportError,OSError) as e:
             order = '\nThe folder of images comes first, then the name: `normx check FOLDER NAME`.' if not Path(folder).expanduser().is_dir() and Path(name).is_dir() else ''
             print(f'normx check: {e}'.replace('data_stats ', '') + order, file=sys.stderr)

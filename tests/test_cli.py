@@ -54,3 +54,23 @@ def test_demo_without_its_extra(tmp_path):
 def test_arguments_in_the_other_order(tmp_path):
     r = normx('check', 'resnet18', tmp_path)
     assert r.returncode == 2 and '`normx check FOLDER NAME`' in r.stderr
+
+
+def png(path, a):
+    from PIL import Image
+    Image.fromarray(a).save(path)
+
+
+def test_exit_codes_of_check(tmp_path):
+    "0: they fit; 1: they do not; 2: that cannot be told"
+    import numpy as np
+    rng = np.random.default_rng(0)
+    for name, make in dict(grey=lambda: rng.integers(30, 120, (32, 32), dtype=np.uint8), deep=lambda: rng.integers(0, 4096, (32, 32), dtype=np.uint16),
+                           flat=lambda: np.full((32, 32, 3), 90, np.uint8)).items():
+        (tmp_path/name).mkdir()
+        for i in range(4): png(tmp_path/name/f'{i}.png', make())
+    codes = {name: normx('check', tmp_path/name, 'resnet18') for name in ('grey', 'deep', 'flat')}
+    assert {k: r.returncode for k, r in codes.items()} == dict(grey=0, deep=1, flat=2), codes
+    assert '12 bits' in codes['deep'].stdout and '4095' in codes['deep'].stdout and 'of one colour' in codes['flat'].stdout
+    r = normx('check', '', 'resnet18', cwd=tmp_path)
+    assert r.returncode == 2 and 'normx check . NAME' in r.stderr
