@@ -47,13 +47,15 @@ class Evidence:
 _slack = .02 # Of a std: means that are known to within this are known
 _trusted = .3 # Confidence in known constants below which a lattice says nothing
 
-def _nearly(found, expected):
-    "The constants `found`, if only the mean is open, and only by so little that it does not matter; or None"
+def _but_for_the_mean(found):
+    "Are the constants `found` certain but for the mean, which may be off by whole levels?"
     widths = [high-low for low,high in found.mean_range]
-    if not all(math.isfinite(w) and c*(1+round(255*w))>=.8 for w,c in zip(widths, found.confidences)): return
+    return all(math.isfinite(w) and c*(1+round(255*w))>=.8 for w,c in zip(widths, found.confidences))
+
+def _in_range(expected, found):
+    "Are the `expected` constants among those that `found` may be?"
     inside = all(low-1e-3<=m<=high+1e-3 for m,(low,high) in zip(expected.mean, found.mean_range))
-    if inside and Affine(expected.mean, found.std).same(expected): return Affine(*expected)
-    if all(w<=_slack*std for w,std in zip(widths, found.std)): return Affine(*found)
+    return inside and Affine(expected.mean, found.std).same(expected)
 
 def on_lattice(map, found):
     "Can `map` have made the lattice `found`, an `InferredStats` or None? Its std divides the one inferred then"
@@ -68,14 +70,14 @@ def from_lattice(view, expected)->Applied:
     found = view.inferred
     if not found or not all(map(math.isfinite, found.mean)): return
     if view.sure: return Applied(Affine(*found), 'values', found.confidence)
-    if not view.agreed or view.n_in!=expected.n_in: return
-    near = _nearly(found, expected)
-    return near and Applied(near, 'values', found.confidence)
+    narrow = all(high-low<=_slack*std for (low,high),std in zip(found.mean_range, found.std))
+    if view.agreed and narrow and _but_for_the_mean(found): return Applied(Affine(*found), 'values', found.confidence)
 
 def likely(view, expected)->Applied:
     "What a lattice of few levels says: the expected constants if it is theirs, others only if it cannot be theirs"
     found = view.inferred
     if not found or not all(map(math.isfinite, found.mean)) or view.n_in!=expected.n_in: return
+    if view.agreed and _but_for_the_mean(found) and _in_range(expected, found): return Applied(expected, 'values', found.confidence)
     if 'no known constants' in found.source or min(found.on_lattice)<.9 or found.confidence<_trusted: return
     constants = Affine(*found)
     innocent = view.fit(expected).possible and on_lattice(expected, found)
