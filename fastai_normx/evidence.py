@@ -94,7 +94,6 @@ def from_depth(view, expected)->Applied:
 
 # %% ../nbs/03e_evidence.ipynb #03e71e15
 _many,_some = .2,.02 # Shares of values that are exactly 0, and exactly 1
-_most = .6 # Share that is one or the other
 
 def _are_levels(view):
     "Are the values themselves 8-bit levels divided by 255? If all of many are odd, every other is missing, as after 0.5 / 0.5"
@@ -118,8 +117,7 @@ def is_clipped(view, expected)->bool:
     if (view.stats.min!=0).any() or (view.stats.max>1).any() or _are_levels(view): return False
     zeros,ones = view.at_ends.mean(1)
     if zeros>=_many and _between_levels(0, view.inferred): return True # nothing is darker, and no pixel can be there
-    most = view.at_ends.sum(0).min()>=_most and min(zeros, ones)>=_many/2
-    return bool(most or zeros>=_many and ones>=_some)
+    return bool(zeros>=_many and ones>=_some)
 
 # %% ../nbs/03e_evidence.ipynb #03e71e18
 def _distinct(explanations):

@@ -65,3 +65,10 @@ def test_pages_lose_nothing(p):
     md = [''.join(c['source']) for c in json.loads(p.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'markdown']
     assert re.fullmatch(r'# .+\n\n> .+\n?', next(s for s in md if s.startswith('# ')))
     assert not [m for s in md for m in re.findall(r'\[`\w+`\]\([^)]*\)', s) if m.split('`')[1] in names]
+
+
+@pytest.mark.parametrize('p', sorted((root/'nbs').rglob('*.ipynb')), ids=lambda p: p.stem)
+def test_links_between_pages(p):
+    md = [''.join(c['source']) for c in json.loads(p.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'markdown']
+    lost = [f for s in md for f in re.findall(r'\]\(([^)#:]+\.ipynb)', s) if not (p.parent/f).exists()]
+    assert not lost

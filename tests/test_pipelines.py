@@ -71,6 +71,16 @@ def test_own_normalization_and_fastais():
     with pytest.raises(ValueError, match='take that out'): r.fix()
 
 
+def test_own_transform_that_scales():
+    "Not far from what the pipeline states, and still not what `normalize_for` could mend"
+    class Brighter(Transform):
+        order = 98
+        def encodes(self, x: TensorImage): return x*1.3
+    r = loaders(Brighter(), Normalize.from_stats(*H)).stats_match(half, warn=False)
+    f = r.findings[0]
+    assert r.kind == 'wrong_stats' and not f.code and f.fix.startswith('`Brighter` changes the images')
+
+
 def test_own_transforms_that_change_nothing():
     assert loaders(Nothing(), Normalize.from_stats(*H)).stats_match(half).ok
     assert loaders(Nothing(), *aug_transforms(), Normalize.from_stats(*H)).stats_match(half, warn=False).outcome != 'mismatch'
@@ -155,3 +165,13 @@ def test_values_cut_off_in_negatives():
     x = torch.stack([(norm(o, *E)*f).clamp(0, 1) for o, f in zip(chw(255-tiles()), np.linspace(.8, 1.2, 64).astype(np.float32))])
     r = stats_match(loader(x), E, warn=False)
     assert r.kind == 'wrong_range' and 'cut off at 0 and 1' in r.findings[0].message and 'augmentation' in r.findings[0].fix
+
+
+@pytest.mark.parametrize('share,outcome', [(.03, 'cannot tell'), (.08, 'mismatch')])
+def test_values_beyond_black_and_white(share, outcome):
+    "A few per cent may be overshoot or noise; more cannot be pixels in [0,1]"
+    x = norm(soft(chw(pale(tiles()))), *imagenet_stats)
+    x[torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < share] = 4.
+    r = stats_match(loader(x), 'resnet18', warn=False)
+    assert r.outcome == outcome, r
+    if outcome == 'mismatch': assert 'The values do not fit' in r.findings[0].message and r.findings[0].severity == 'warning'
