@@ -175,3 +175,29 @@ def test_values_beyond_black_and_white(share, outcome):
     r = stats_match(loader(x), 'resnet18', warn=False)
     assert r.outcome == outcome, r
     if outcome == 'mismatch': assert 'The values do not fit' in r.findings[0].message and r.findings[0].severity == 'warning'
+
+
+@pytest.mark.parametrize('bluer,noted', [(.01, False), (.04, True)])
+def test_a_little_blue_is_no_note(bluer, noted):
+    "Every image is a little bluer than red, which many images make significant"
+    grey = tiles().mean(-1, keepdims=True).repeat(3, -1)*.8+20
+    rng = np.random.default_rng(0)
+    shift = (bluer+rng.normal(0, bluer/4, (64, 1, 1)))*255/2
+    grey[..., 0] -= shift
+    grey[..., 2] += shift
+    r = stats_match(loader(norm(chw(grey.clip(0, 255).round().astype(np.uint8)), *H)), half, warn=False)
+    assert r.ok and ('channel_order' in [f.kind for f in r.findings]) == noted, r
+
+
+def test_a_mean_that_is_open_by_one_level():
+    "254 levels leave open which is black; with a small std a level is much, and the expected mean is among those possible"
+    x = chw(np.random.default_rng(0).integers(1, 256, (64, 32, 32, 3), dtype=np.uint8))
+    assert stats_match(loader(norm(x, (.5,)*3, (.02,)*3)), ((.5,)*3, (.02,)*3)).ok
+
+
+def test_sixteen_odd_levels_are_no_half_of_a_lattice():
+    "Digits have 16 levels, all of them odd, and black at exactly 0: not normalized, not cut off"
+    from sklearn.datasets import load_digits
+    px = (load_digits().images[:64]*15.9375).astype(np.uint8).repeat(4, 1).repeat(4, 2)[..., None].repeat(3, -1)
+    r = stats_match(loader(chw(px)), 'resnet18', warn=False)
+    assert r.kind == 'not_normalized', r
