@@ -201,3 +201,32 @@ def test_sixteen_odd_levels_are_no_half_of_a_lattice():
     px = (load_digits().images[:64]*15.9375).astype(np.uint8).repeat(4, 1).repeat(4, 2)[..., None].repeat(3, -1)
     r = stats_match(loader(chw(px)), 'resnet18', warn=False)
     assert r.kind == 'not_normalized', r
+
+
+@pytest.mark.parametrize('top,div', [(1, 1), (255, 255)])
+def test_a_dataset_of_floats(top, div):
+    "In [0,1], and divided by 255 again; or in 0-255, and not divided"
+    px = torch.tensor(tiles()).permute(0, 3, 1, 2)/255*top
+    dls = Datasets(range(64), [[lambda i: TensorImage(px[i])], [lambda i: i % 2]]).dataloaders(bs=16, num_workers=0, after_batch=[IntToFloatTensor(div=255 if top == 1 else 1),
+                                                                                                                           Normalize.from_stats(*imagenet_stats)])
+    r = dls.stats_match('resnet18', warn=False)
+    assert r.kind == 'wrong_range' and r.findings[0].code == f"dls.normalize_for('resnet18', div={div})"
+    exec(r.findings[0].code, dict(dls=dls))
+    assert dls.stats_match('resnet18').ok
+
+
+@pytest.mark.parametrize('scale,kind', [(30, 'wrong_range'), (2, 'wrong_stats')])
+def test_values_of_another_size_altogether(scale, kind):
+    x = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))*scale
+    f, = [f for f in stats_match(loader(x), 'resnet18', warn=False).findings if f.severity != 'note']
+    assert (f.kind, f.severity) == (kind, 'warning')
+
+
+def test_blue_files_are_read_as_rgb(tmp_path):
+    "Pillow opened them, so their order is known, and being blue is a matter of what they show"
+    from PIL import Image
+    blue = tiles().copy()
+    blue[..., 0] //= 3
+    for i, im in enumerate(blue): Image.fromarray(im).save(tmp_path/f'{i}.png')
+    r = stats_match(tmp_path, 'resnet18')
+    assert r.ok and r.kind == 'domain_shift' and 'read as RGB' in r.findings[0].message, r
