@@ -230,3 +230,17 @@ def test_blue_files_are_read_as_rgb(tmp_path):
     for i, im in enumerate(blue): Image.fromarray(im).save(tmp_path/f'{i}.png')
     r = stats_match(tmp_path, 'resnet18')
     assert r.ok and r.kind == 'domain_shift' and 'read as RGB' in r.findings[0].message, r
+
+
+def test_a_set_that_contradicts_borrows_nothing():
+    "Nothing is certain about floats in 0-255 but that they were not treated like the other set"
+    x = chw(tiles())
+    r = DataLoaders(loader(norm(x, *imagenet_stats)), loader(255*soft(x)+7)).stats_match('resnet18', warn=False)
+    assert r.outcome == 'mismatch' and r.findings[0].sets == ('validation set',), r
+
+
+def test_what_is_stated_leads_before_what_a_lattice_allows():
+    "DPN's means lie whole levels apart, so pale images with its constants in reverse could be right ones; the pipeline says which"
+    E = expected_stats('dpn68')
+    dls = loaders(Normalize.from_stats(E.mean[::-1], E.std[::-1]), px=pale(tiles()))
+    assert dls.stats_match('dpn68', warn=False).kind == 'channel_order'
