@@ -283,7 +283,8 @@ class StatsMatch(Callback):
     def after_validate(self): self._try(self._decide)
     def after_fit(self):
         unknown = self._views and self.report and self.report.outcome=='cannot tell'
-        if unknown: self._note(f'StatsMatch cannot tell whether the input fits. {self.report.reason}')
+        if unknown: self._note(f'StatsMatch cannot tell whether the input is what {who_says(self.report.expected)} expects: '
+            'images before augmentation would tell, and `learn.stats_match_cb.report` says why.')
         self._let_go()
 
 # %% ../nbs/03_match.ipynb #21a3b3f2
