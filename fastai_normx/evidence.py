@@ -14,7 +14,7 @@ from dataclasses import dataclass,field
 
 from .constants import Affine,mistakes,plain
 from .pipeline import Testimony
-from .view import InputView,sliver
+from .view import InputView
 
 # %% ../nbs/03e_evidence.ipynb #03e71e09
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ import math
 
 import numpy as np
 import torch
-from torch import Tensor,nn
-from .constants import Affine
+from torch import nn
 from .inside import evaluating
 from .stats import _leaves
 

@@ -8,7 +8,6 @@ Docs: https://fastai.github.io/fastai_normx/inside.html.md"""
 __all__ = ['first_layers', 'evaluating', 'arrives', 'Inside', 'inside', 'random_weights']
 
 # %% ../nbs/03d_inside.ipynb #03d71e05
-import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass,field
 
 import torch
 from torch import nn
-from .constants import Affine,Mistake,constants_text,mistakes,plain,short
+from .constants import constants_text,mistakes,plain,short
 from .evidence import why_not
-from .expected import NormStats,expected_stats
+from .expected import NormStats
 from .harm import corrected,harm,impact
 from .inside import Inside
 from .report import Finding,MatchReport,in_words,who,who_says,worst_first

@@ -24,7 +24,7 @@ from fastai.torch_core import no_random,rank_distrib
 from .evidence import examine_all
 from .expected import NormStats,_behind,_from_inside,_stated,_warn,expected_stats
 from .infer import infer_normalization
-from .inside import Inside,inside,random_weights
+from .inside import inside,random_weights
 from .judge import Case,judge,_numbers
 from .normalize import _has_pipeline
 from .pipeline import Testimony,testimony
@@ -260,8 +260,8 @@ def stats_match(self:Learner,
 class StatsMatch(Callback):
     "Warn, once for each cause, if the batches that reach the model are not what its backbone expects"
     order,name = 10_000,'stats_match_cb' # after every callback that changes the batch; `learn.stats_match` is the method
-    _stateattrs = 'report','_views','_case' # not exported with a learner
-    report = _views = _case = None
+    _stateattrs = 'report','_views','_case','_files' # not exported with a learner
+    report = _views = _case = _files = None
     def __init__(self,
         expected=None, # The backbone: all that `expected_stats` takes; None: the learner's own
         n_items:int=512, # Look at no more images than this in each set
@@ -336,7 +336,7 @@ def _start(self:StatsMatch, x):
         self._note(f'StatsMatch has nothing to compare: {why[0].lower()+why[1:]} {_use_own}')
         return False
     case = _case(learn if asked is None else asked, learn.model, x, (tuple(learn.xb),{}), self.n_in, self.axis, x.shape[self.axis])
-    self._case = _named(case, asked, learn.dls, 'learn.dls')
+    self._case,self._files = _named(case, asked, learn.dls, 'learn.dls'),_deep(learn.dls)
     return True
 
 @patch
@@ -374,7 +374,7 @@ def _decide(self:StatsMatch):
     if view.settled or not len(view): return
     view.settled,view.said = True,testimony(learn.dl, self._case.expected.n_in, learn)
     sets = {'training set' if k else 'validation set':(v,v.said) for k,v in self._views.items() if v.settled}
-    self.report = judge(examine_all(sets, self._case.expected), self._case, _deep(learn.dls))
+    self.report = judge(examine_all(sets, self._case.expected), self._case, self._files)
     self.report.dls = learn.dls if self._case.dls else None
     if self.report.ok: self._said = {c:s for c,s in self._said.items() if not s or s-set(sets)} # mended: to be told again if it comes back
     for f in self.report.findings:

@@ -8,7 +8,7 @@ Docs: https://fastai.github.io/fastai_normx/report.html.md"""
 __all__ = ['severities', 'StatsMatchWarning', 'Finding', 'worst_first', 'in_words', 'who', 'who_says', 'MatchReport', 'should_be']
 
 # %% ../nbs/03g_report.ipynb #03g71e05
-import dataclasses,math
+import math
 from dataclasses import dataclass,field
 from html import escape
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from fastai.data.core import DataLoaders
-from .constants import Affine,constants_text,families
+from .constants import constants_text,families
 from .expected import NormStats
 from .stats import ChannelStats
 
