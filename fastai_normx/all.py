@@ -1,3 +1,4 @@
+from .warn import NormxWarning
 from .stats import *
 from .expected import *
 from .normalize import *

@@ -8,7 +8,7 @@ Docs: https://fastai.github.io/fastai_normx/expected.html.md"""
 __all__ = ['ExpectedStatsWarning', 'NormStats', 'expected_stats']
 
 # %% ../nbs/01_expected.ipynb #163f9f93
-import dataclasses,difflib,json,os,re,sys,warnings
+import dataclasses,difflib,json,os,re,sys
 from enum import Enum
 from functools import cache,partial,singledispatch
 from importlib import import_module
@@ -22,10 +22,11 @@ from fastcore.basics import ifnone,patch
 from torch import nn
 from .constants import Affine,families,grey,imagenet_pixels,short
 from .inside import inside
+from .warn import NormxWarning,warn_user
 from .transforms import _floats,_quote,is_transform,known,read_chain,_readers
 
 # %% ../nbs/01_expected.ipynb #91e401a3
-class ExpectedStatsWarning(UserWarning): "The constants are usable, but something about them deserves a look"
+class ExpectedStatsWarning(NormxWarning): "The constants are usable, but something about them deserves a look"
 
 # %% ../nbs/01_expected.ipynb #b4ace6f6
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +67,7 @@ class NormStats(Affine):
         return dataclasses.replace(self, uniform=False, **wide)
 
 # %% ../nbs/01_expected.ipynb #0ec9fcdc
-def _user_level():
-    "`stacklevel` of the first caller outside this package, so that a warning points at the user's line"
-    ours = 'fastai_normx','fastai','fastcore','fasttransform','plum','functools','contextlib'
-    f,n = sys._getframe(2),2
-    while f.f_back and f.f_globals.get('__name__','').partition('.')[0] in ours: f,n = f.f_back,n+1
-    return n
-
-def _warn(msg, category=ExpectedStatsWarning): warnings.warn(msg, category, stacklevel=_user_level())
+def _warn(msg, category=ExpectedStatsWarning): warn_user(msg, category)
 
 # %% ../nbs/01_expected.ipynb #e2a9a8e0
 _takes = ('a timm name; a torchvision builder, weights entry or transform; a fastai architecture, Learner, DataLoaders or '

@@ -19,9 +19,10 @@ from fastai.data.core import DataLoaders
 from .constants import constants_text,families
 from .expected import NormStats
 from .stats import ChannelStats
+from .warn import NormxWarning
 
 # %% ../nbs/03g_report.ipynb #03g71e08
-class StatsMatchWarning(UserWarning): "What reaches the model is not what its backbone expects"
+class StatsMatchWarning(NormxWarning): "What reaches the model is not what its backbone expects"
 
 severities = 'error','warning','note'
 

@@ -25,11 +25,11 @@ from fasttransform import Pipeline
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.data.transforms import IntToFloatTensor,Normalize
-from .expected import _warn
+from .warn import NormxWarning,warn_user
 from .files import _files,_holds_files,_is_deep,_is_file,_measure,_open,deep_behind
 
 # %% ../nbs/00_stats.ipynb #59e5068c
-class DataStatsWarning(UserWarning): "Statistics were computed, but not from what you may think"
+class DataStatsWarning(NormxWarning): "Statistics were computed, but not from what you may think"
 
 def _plain_array(x):
     "`x` in the order of bytes and with the steps that torch takes; a copy only if it must be"
@@ -382,7 +382,7 @@ def _say(broken, n, short, margin, tol, n_items, deep=None):
         'Shuffle the data first, or pass a loader with a dataset that can be indexed.')
     if short=='n_items': msgs.append(f'n_items={n_items} images were read before tol={tol} was reached: means and stds are known to within {margin:.3g}. Raise n_items, or leave it out.')
     if deep: msgs.append(f'{deep} These statistics are of what is left. To open them scaled to 8 bits:\n{deep.advice}')
-    if msgs: _warn(' '.join(msgs), DataStatsWarning)
+    if msgs: warn_user(' '.join(msgs), DataStatsWarning)
 
 # %% ../nbs/00_stats.ipynb #d8577ed3
 def data_stats(

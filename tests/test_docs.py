@@ -29,9 +29,9 @@ def public():
     return seen
 
 
-inner = 'constants evidence harm inside judge pipeline report view'.split()  # how it knows: not part of the star import
+inner = 'constants evidence harm inside judge pipeline report trained view warn'.split()  # how it knows: not part of the star import
 names = public()
-own = {k: o for k, o in names.items() if getattr(o, '__module__', '').rpartition('.')[2] not in inner or k.partition('.')[0] in ('Finding', 'MatchReport', 'StatsMatchWarning')}
+own = {k: o for k, o in names.items() if getattr(o, '__module__', '').rpartition('.')[2] not in inner or k.partition('.')[0] in ('Finding', 'MatchReport', 'NormxWarning', 'StatsMatchWarning', 'applied_stats')}
 own = {k: o for k, o in own.items() if callable(o)}
 
 
