@@ -480,7 +480,11 @@ def expected_stats(
     n_in:int=None, # Channels of your images; None: as the source says
     extra=None # `(mean, std)` of the channels after the third, or a source for all `n_in` of them
 )->NormStats: # The constants, for pixels scaled to [0,1], and who states them
-    "The normalization that the weights behind `source` were trained with, as it must reach the model"
+    """The normalization that the weights behind `source` were trained with, as it must reach the model.
+
+    `source` may be: a timm name; a torchvision builder, weights entry or transform; a fastai architecture, `Learner` or `Normalize`;
+    a model; a Hugging Face processor; a config (dict, JSON file or model folder); the constants themselves, `(mean, std)`.
+    Anything else is a `ValueError` that says what was tried. What a pipeline does apply is `applied_stats`"""
     model = _model_of(source)
     if not isinstance(model, nn.Module) or _reads_as_chain(model): return _stated(source, n_in, extra)
     found = inside(model, _blank(model, n_in or _channels(source) or 3))

@@ -14,7 +14,7 @@ from dataclasses import dataclass,field
 
 import torch
 from torch import nn
-from .constants import constants_text,mistakes,plain,short
+from .constants import as_code,constants_text,mistakes,numbers,plain,short
 from .evidence import why_not
 from .expected import NormStats
 from .harm import corrected,harm,impact
@@ -32,6 +32,9 @@ class Case:
     dls:str=None # 'dls' or 'learn.dls'; None: there is no fastai pipeline to mend
     source:str=None # What to hand to `normalize_for`, as code
     model:nn.Module=None # Measures what a fault costs; None: it is estimated
+    learned:NormStats=None # What the learner has trained with; None: nothing, as far as is known
+    training:bool=False # Is it training now, so that it may learn other constants?
+    new:bool=False # Is the model in a learner that may still be trained?
 
 # %% ../nbs/03h_judge.ipynb #03b7de12
 _many_constant = 32 # Images of one value that are no coincidence
@@ -136,18 +139,16 @@ def _range_in(said, A):
 def mend(e, A, case):
     "The `Mend` of images with the evidence `e`, to which `A` was applied"
     E,said = case.expected,e.said
-    normal = f'`transforms.Normalize({_numbers(E.mean)}, {_numbers(E.std)})`, once, after `transforms.ToTensor()`'
+    normal = f'`transforms.Normalize({numbers(E.mean)}, {numbers(E.std)})`, once, after `transforms.ToTensor()`'
     if not any(E.mean) and all(s==1 for s in E.std): normal = 'leave out the one before the model: it takes pixels in [0,1]'
     if not case.dls or not said.mendable: return Mend(normal)
     top = _range_in(said, A)
     if top:
         args = dict(div=top) if top!=(said.div or 1) else {}
         code = f'{case.dls}.normalize_for({", ".join([case.source, *(f"{k}={v}" for k,v in args.items())])})'
-        return Mend(f'`{code}`', code, args)
+        return Mend(f'`{code}`' + ', before you train'*case.new, code, args)
     culprit = f'`{"`, `".join(said.unknown)}`' if said.unknown else 'the dataset, a transform or a callback'
     return Mend(f'{culprit} changes the images before the model: take that out, then `{case.dls}.normalize_for({case.source})`')
-
-def _numbers(v): return '(' + ', '.join(f'{o:.8g}' for o in v) + ')'
 
 # %% ../nbs/03h_judge.ipynb #03b7de24
 def _measure(case, v, A):
@@ -163,6 +164,7 @@ def _twice_with_model(kind, A, case):
 def _fault(name, e, case):
     "`(Finding or None, impact)` for constants that are not the expected ones"
     E,A = case.expected,e.applied
+    if case.learned and not case.learned.same(E, .02) and (known := _after_training(name, e, case)): return known
     if A.map.same(E, .02): return None,{}
     kind,what = mistake(A.map, E)
     if _twice_with_model(kind, A, case): kind = 'in_model'
@@ -172,6 +174,32 @@ def _fault(name, e, case):
     message = ' '.join(filter(None, (_cause(kind, what, A, case), cost_text(share, measured))))
     details = f'{who_says(E)} expects {constants_text(E)}. Applied: {constants_text(A.map)}, {A}.'
     return Finding(kind, 'error', message, m.text, share, m.code, m.args, details, (name,)),measured
+
+def _after_training(name, e, case):
+    "The same for a learner that has trained with other constants than `case.expected`; None: it may still learn those"
+    E,A,learned = case.expected,e.applied,case.learned
+    if A.map.same(learned, .02): return _keep(name, A, case),{}
+    if case.training: return
+    as_trained = dataclasses.replace(case, expected=learned, learned=None, source=as_code(learned))
+    fault,measured = _fault(name, e, as_trained)
+    if A.map.same(E, .02): fault = _switched(fault, case)
+    return dataclasses.replace(fault, args=fault.args|dict(source=learned) if fault.code else {}),measured
+
+def _keep(name, A, case):
+    "What to say of constants that are not the backbone's, and that the weights have learned"
+    E = case.expected
+    message = (f'This learner has trained with {in_words(case.learned)}, and its weights have learned those. '
+               f'Before training, {who(E)} expected {in_words(E)}.')
+    fix = 'keep them in this model, and ship them: `applied_stats(learn).save(path)`. In the next one, `normalize_for` before training.'
+    details = f'{who_says(E)} expects {constants_text(E)}. Applied: {constants_text(A.map)}, {A}.'
+    return Finding(mistake(A.map, E)[0], 'warning', message, fix, harm(E, A.map), details=details, sets=(name,))
+
+def _switched(fault, case):
+    "`fault` if the constants are the backbone's by now, and the weights have learned others"
+    E = case.expected
+    message = (f'The images are normalized with {in_words(E)}, as {who(E)} expects, '
+               f'but this learner has trained with {in_words(case.learned)}.')
+    return dataclasses.replace(fault, message=message, fix=f'train it further, or put those back: {fault.fix}')
 
 def _beyond(e, case):
     "A finding about values that cannot come from pixels in [0,1] that were normalized as expected, or None"
@@ -276,6 +304,7 @@ def _differently(evidence):
 
 def _split(evidence, known, case):
     "The finding that the sets `known`, `{name: Applied}`, are normalized differently"
+    if case.learned: case = dataclasses.replace(case, expected=case.learned, source=as_code(case.learned))
     E = case.expected
     wrong = {n:A for n,A in known.items() if not A.map.same(E, .02)}
     mends = [mend(evidence[n], A, case) for n,A in wrong.items()]
@@ -285,7 +314,8 @@ def _split(evidence, known, case):
     details = '. '.join(f'{n.capitalize()}: {constants_text(A.map)}, {A}' for n,A in known.items())
     share = max(harm(E, A.map) for A in wrong.values())
     message = f'The sets are normalized differently: {what}; {who(E)} expects {in_words(E)}.'
-    return Finding('split_mismatch', 'error', message, m.text, 1+share, m.code, m.args, details+'.')
+    args = m.args|dict(source=E) if m.code and case.learned else m.args
+    return Finding('split_mismatch', 'error', message, m.text, 1+share, m.code, args, details+'.')
 
 # %% ../nbs/03h_judge.ipynb #03b7de36
 def _opaque(case): return case.inside is not None and case.inside.map is None

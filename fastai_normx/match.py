@@ -9,6 +9,7 @@ __all__ = ['stats_match', 'StatsMatch', 'Finding', 'MatchReport', 'StatsMatchWar
 
 # %% ../nbs/03_match.ipynb #a1f56c72
 import dataclasses,random
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +22,20 @@ from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import no_random,rank_distrib
+from .constants import as_code
 from .evidence import examine_all
-from .expected import NormStats,_behind,_from_inside,_stated,_warn,expected_stats
+from .expected import NormStats,_behind,_from_inside,_stated,expected_stats
 from .infer import infer_normalization
 from .inside import inside,random_weights
-from .judge import Case,judge,_numbers
+from .judge import Case,judge
 from .normalize import _has_pipeline
-from .pipeline import Testimony,testimony
-from .report import Finding,MatchReport,StatsMatchWarning,who_says
+from .pipeline import Testimony,read_applied,testimony
+from .report import Finding,MatchReport,StatsMatchWarning,in_words,who_says
 from .files import _files,_is_file,_open,deep_behind
 from .stats import ChannelStats,_say,_source
+from .trained import has_trained,remember,trained_with
 from .view import InputView,pick
+from .warn import warn_user
 
 _all_ = ['Finding','MatchReport','StatsMatchWarning','infer_normalization']
 
@@ -149,9 +153,12 @@ def _check_n_items(n):
 
 def _all_files(data): return _is_file(data) or isinstance(data, (list,L)) and len(data)>0 and _is_file(data[0])
 
-def _check_weights(learn):
-    "Raise if the weights of `learn` are random, and nobody said what to compare with"
-    if _random(learn): raise ValueError(f'{_random(learn)} {_use_own}')
+def _learned(learn):
+    "What `learn` has trained with, if its weights were random before; None: they were not. Raises if they still are random"
+    if not (why := _random(learn)): return
+    learned = trained_with(learn)
+    if learned is None: raise ValueError(f'{why} {_use_own}')
+    return learned
 
 _use_own = 'Use the constants of the data, `dls.normalize_for(Normalize.from_data(dls))`, or say what to compare with: `expected`.'
 
@@ -165,7 +172,15 @@ def _random(learn):
 def _code(expected, E):
     "What to write in code for the backbone `expected`, whose constants are `E`; None: the learner itself"
     if expected is None: return 'learn'
-    return repr(expected) if isinstance(expected, str) else f'({_numbers(E.mean)}, {_numbers(E.std)})'
+    return repr(expected) if isinstance(expected, str) else as_code(E)
+
+def _with_history(case, learn, training=False):
+    "`case` with what `learn` has trained with"
+    learned = trained_with(learn)
+    if learned is None: return dataclasses.replace(case, new=True, training=training)
+    if learned.n_in!=case.expected.n_in: return case
+    pixels = dict(ref_mean=case.expected.ref_mean, ref_std=case.expected.ref_std)
+    return dataclasses.replace(case, learned=dataclasses.replace(learned, **pixels), training=training)
 
 def _named(case, asked, dls, name):
     "`case` with the names of the caller's code: `name` is what holds the loaders `dls`"
@@ -188,7 +203,7 @@ def stats_match(
     learn = data if isinstance(data, Learner) else None
     dls = learn.dls if learn else data if isinstance(data, DataLoaders) else None
     if learn and model is None: model = learn.model
-    if expected is None and learn: _check_weights(learn)
+    if expected is None and learn: expected = _learned(learn)
     source = next((o for o in (expected,learn,model) if o is not None), None)
     if source is None: raise ValueError(f'stats_match needs to know the backbone: a {type(data).__name__} does not say. '
                                         'Pass it, for example `stats_match(data, "resnet18")`, or `model=`.')
@@ -197,12 +212,14 @@ def stats_match(
     channels = next(iter(sets.values()))[0].n_in
     case = _case(source, model, *first, n_in, dim, channels, model=model)
     case = _named(case, expected, dls, 'learn.dls' if learn else 'dls')
+    asked = learn if expected is None else expected
+    if isinstance(asked, Learner): case = _with_history(case, asked)
     report = judge(examine_all(sets, case.expected), case, _deep(data))
     report.dls = dls if case.dls else None
     if _all_files(data) and report.applied:
         report.applied = dataclasses.replace(report.applied, source='assumed, since image files come before any pipeline')
     for view,_ in sets.values(): view.batch = None # the report shall not keep images alive
-    if warn and report.outcome=='mismatch': _warn('\n'.join(str(f) for f in report.findings if f.severity!='note'), StatsMatchWarning)
+    if warn and report.outcome=='mismatch': warn_user('\n'.join(str(f) for f in report.findings if f.severity!='note'), StatsMatchWarning)
     return report
 
 def _check_seen(sets):
@@ -266,14 +283,16 @@ class StatsMatch(Callback):
         expected=None, # The backbone: all that `expected_stats` takes; None: the learner's own
         n_items:int=512, # Look at no more images than this in each set
         dim:int=1, # Axis of the channels
-        n_in:int=None # Channels of the images; None: as the backbone says
+        n_in:int=None, # Channels of the images; None: as the backbone says
+        fix:bool=False # Put the expected `Normalize` there before the first batch, unless the learner has trained with another?
     ):
         _check_n_items(n_items)
-        self.backbone,self.n_items,self.axis,self.n_in = expected,n_items,dim,n_in
+        self.backbone,self.n_items,self.axis,self.n_in,self.puts_right = expected,n_items,dim,n_in,fix
         self._said = {} # what was said, and of which sets
 
     def before_fit(self):
         self._views = self._case = None
+        if self.puts_right and self._is_first(): self._put_right()
         quiet = hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds') or rank_distrib()
         if not quiet and self._is_first(): self._views = {k:InputView(self.n_items, self.axis) for k in (True,False)}
     def before_batch(self): self._try(self._see)
@@ -282,6 +301,7 @@ class StatsMatch(Callback):
     def after_train(self): self._try(self._decide)
     def after_validate(self): self._try(self._decide)
     def after_fit(self):
+        if not hasattr(self.learn, 'lr_finder'): remember(self.learn)
         unknown = self._views and self.report and self.report.outcome=='cannot tell'
         if unknown: self._note(f'StatsMatch cannot tell whether the input is what {who_says(self.report.expected)} expects: '
             'images before augmentation would tell, and `learn.stats_match_cb.report` says why.')
@@ -293,6 +313,17 @@ def _is_first(self:StatsMatch):
     "Is there no other `StatsMatch` before this one that says the same?"
     same = [cb for cb in self.learn.cbs if isinstance(cb, StatsMatch) and cb.backbone is self.backbone]
     return not same or same[0] is self
+
+@patch
+def __deepcopy__(self:StatsMatch, memo):
+    res = memo[id(self)] = StatsMatch(self.backbone, self.n_items, self.axis, self.n_in, self.puts_right)
+    vars(res).update(learn=deepcopy(self.learn, memo), _said=dict(self._said))
+    return res
+
+@patch
+def __reduce__(self:StatsMatch):
+    "An exported learner holds a bare `Callback` in this place, so that it loads where this package is not installed"
+    return Callback,(),dict(learn=self.learn)
 
 @patch
 def _let_go(self:StatsMatch):
@@ -318,12 +349,13 @@ def _tell(self:StatsMatch, cause, msg, sets=frozenset()):
     "Warn of `cause`, once"
     if cause in self._said: return
     self._said[cause] = sets
-    _warn(msg, StatsMatchWarning)
+    warn_user(msg, StatsMatchWarning)
 
 @patch
 def _note(self:StatsMatch, msg):
     "Print a sentence, once, unless the learner is told to be quiet"
-    if msg in self._said or getattr(self.learn.logger, '__name__', '')=='noop': return # as in `no_logging`
+    quiet = getattr(self.learn.logger, '__name__', '')=='noop' and not hasattr(self.learn, 'lr_finder') # as in `no_logging`
+    if quiet or msg in self._said: return
     self._said[msg] = frozenset()
     print(msg)
 
@@ -333,10 +365,14 @@ def _start(self:StatsMatch, x):
     "Find out what must reach the model, with the first batch of images `x`; False: nothing"
     learn,asked = self.learn,self.backbone
     if asked is None and (why := _random(learn)):
-        self._note(f'StatsMatch has nothing to compare: {why[0].lower()+why[1:]} {_use_own}')
-        return False
+        asked = trained_with(learn)
+        if asked is None:
+            self._note(f'StatsMatch has nothing to compare: {why[0].lower()+why[1:]} {_use_own}')
+            return False
     case = _case(learn if asked is None else asked, learn.model, x, (tuple(learn.xb),{}), self.n_in, self.axis, x.shape[self.axis])
-    self._case,self._files = _named(case, asked, learn.dls, 'learn.dls'),_deep(learn.dls)
+    case = _named(case, asked, learn.dls, 'learn.dls')
+    self._case = _with_history(case, learn, training=True) if asked is None else case
+    self._files = _deep(learn.dls)
     return True
 
 @patch
@@ -359,6 +395,28 @@ def _no_images(self:StatsMatch):
     self._let_go()
     self._note(f'StatsMatch has nothing to compare: {what}.')
 
+# %% ../nbs/03_match.ipynb #2ceee0f2
+@patch
+def _put_right(self:StatsMatch):
+    "Put the expected `Normalize` on every loader, if the one that is there is another"
+    learn = self.learn
+    if hasattr(learn, 'gather_preds') or self.backbone is None and _random(learn): return
+    try: want,now = expected_stats(learn if self.backbone is None else self.backbone, self.n_in),read_applied(learn)[0]
+    except ValueError: return # a pipeline or a backbone that cannot be read: the batches will tell
+    want = want.spread(now.n_in)
+    if want.same(now) or not all(_can_mend(dl, want, learn) for dl in learn.dls.loaders): return
+    learned = trained_with(learn)
+    if learned or has_trained(learn):
+        why = f'this learner has trained with {in_words(learned or now)}, which its weights have learned'
+        return self._note(f'StatsMatch(fix=True) changes nothing: {why}.')
+    learn.dls.normalize_for(want)
+    self._note(f'StatsMatch put {in_words(want)} in the place of {in_words(now)}, as {who_says(want)} expects.')
+
+def _can_mend(dl, want, learn):
+    "Is `dl` a fastai loader of 8-bit images, all of whose transforms can be read?"
+    said = testimony(dl, want.n_in, learn)
+    return said.mendable and said.trusted
+
 # %% ../nbs/03_match.ipynb #2ceee103
 @patch
 def _decide_early(self:StatsMatch, view):
@@ -378,4 +436,4 @@ def _decide(self:StatsMatch):
     self.report.dls = learn.dls if self._case.dls else None
     if self.report.ok: self._said = {c:s for c,s in self._said.items() if not s or s-set(sets)} # mended: to be told again if it comes back
     for f in self.report.findings:
-        if f.severity!='note': self._tell((f.kind,f.fix), str(f), set(sets))
+        if f.severity!='note': self._tell((f.kind, in_words(self.report.applied) if self.report.applied else f.fix), str(f), set(sets))

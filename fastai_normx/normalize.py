@@ -21,8 +21,10 @@ from fastai.data.core import DataLoaders
 from fastai.data.transforms import IntToFloatTensor,Normalize
 from fastai.learner import Learner
 from fastai.torch_core import TensorImage,no_random
-from .constants import imagenet_pixels
+from .constants import as_code,constants_text,imagenet_pixels
+from .pipeline import applied_stats,events,transforms_of
 from .stats import data_stats
+from .trained import remember,trained_with
 from .expected import NormStats,expected_stats,_converts_input,_lib,_resolve,_warn
 
 # %% ../nbs/02_normalize.ipynb #2052f5cc
@@ -43,7 +45,16 @@ def from_pretrained(cls:Normalize,
     extra=None # `(mean, std)` of the channels after the third, or a source for all `n_in` of them
 )->Normalize: # fastai's own class; `norm_stats` holds the constants and who states them
     "A `Normalize` with exactly the constants that a pretrained backbone expects"
-    return _with_stats(cls, expected_stats(source, n_in, extra), dim, ndim, cuda)
+    s = expected_stats(source, n_in, extra)
+    if isinstance(source, Learner): _warn_trained(source, s)
+    return _with_stats(cls, s, dim, ndim, cuda)
+
+def _warn_trained(learn, s):
+    "Warn if `learn` has trained with other constants than `s`"
+    learned = trained_with(learn)
+    if learned is None or learned.same(s): return
+    _warn(f'This learner has trained with {constants_text(learned)}, and these are what its backbone expected before: {constants_text(s)}. '
+          f'Train it further, or pass what it has learned instead: {as_code(learned)}.')
 
 # %% ../nbs/02_normalize.ipynb #f33ebfbf
 def _flat(b):
@@ -78,8 +89,6 @@ def __call__(self:Normalize, x, split_idx=None, **kwargs):
     return Transform.__call__(self, x, split_idx=split_idx, **kwargs)
 
 # %% ../nbs/02_normalize.ipynb #3b046517
-_events = 'after_item','before_batch','after_batch'
-
 def _has_pipeline(dl):
     "Is there an `after_batch` that `Normalize` can be put into?"
     return isinstance(getattr(dl, 'after_batch', None), Pipeline)
@@ -87,7 +96,7 @@ def _has_pipeline(dl):
 def _take_out(dl, cls):
     "`(pipeline, transform)` of each `cls` in the pipelines of `dl`, which hold none afterwards"
     found = []
-    for p in (getattr(dl, e) for e in _events):
+    for p in (getattr(dl, e) for e in events):
         found += [(p,t) for t in p.fs if isinstance(t, cls)]
         p.fs = p.fs.filter(lambda t: not isinstance(t, cls))
         for k in [k for k,t in vars(p).items() if isinstance(t, cls)]: del p.__dict__[k]
@@ -117,7 +126,7 @@ def _gets_bytes(dl):
 
 def _divisor(dl):
     "What the pipelines of `dl` divide pixels by; None: not known, or nothing"
-    ts = [t for e in _events[1:] for t in getattr(dl, e).fs]
+    ts = [t for e in events[1:] for t in getattr(dl, e).fs]
     if any(type(t).__module__.partition('.')[0] not in ('fastai','fasttransform') for t in ts): return None
     divs = [t.div for t in ts if isinstance(t, IntToFloatTensor)]
     return math.prod(divs) if divs else None
@@ -152,6 +161,7 @@ def normalize_for(self:DataLoaders,
     "Put exactly one `Normalize`, with the constants that `source` expects, on every loader"
     _check_normalizable(self, div)
     nrm = Normalize.from_pretrained(source, dim, ndim, cuda, n_in=n_in, extra=extra)
+    if isinstance(source, Learner) and source.dls is self: remember(source)
     for dl in self.loaders:
         _take_out(dl, Normalize)
         if div is not None: _divide_by(dl, div)
@@ -187,17 +197,9 @@ def _(source:Normalize):
 
 @expected_stats.register
 def _(source:DataLoaders):
-    if not source.loaders: raise ValueError('This DataLoaders holds no loader, so it states no constants')
-    found = []
-    for dl in source.loaders:
-        ss = [expected_stats(t) for t in getattr(getattr(dl, 'after_batch', None), 'fs', []) if isinstance(t, Normalize)]
-        if not ss: raise ValueError('This DataLoaders applies no Normalize, so it states no constants. To add the right ones: `dls.normalize_for(arch)`.')
-        s = ss[0]
-        for o in ss[1:]: s = NormStats(*s.then(o), f'{s.source}, then {o.source}', notes=(f'{len(ss)} Normalize in a row, composed into one',))
-        found.append(s)
-    if any(tuple(s)!=tuple(found[0]) for s in found): raise ValueError(
-        f'The loaders of this DataLoaders normalize differently: {"; ".join(map(repr, found))}. To make them equal: `dls.normalize_for(arch)`.')
-    return found[0]
+    if source.loaders and not any(isinstance(t, Normalize) for dl in source.loaders for _,t in transforms_of(dl)): raise ValueError(
+        'This DataLoaders applies no Normalize, so it states no constants. To add the right ones: `dls.normalize_for(arch)`.')
+    return applied_stats(source)
 
 # %% ../nbs/02_normalize.ipynb #d0e7b932
 @expected_stats.register
