@@ -508,7 +508,8 @@ def plot(self:ActivationLogger,
     split:str='train', # Or 'valid'
     relative:bool=False, # As multiples of each layer's first record?
     ax=None, # Where to draw; None: a new figure
-    figsize=None # Of the new figure; None: by the number of layers
+    figsize=None, # Of the new figure; None: by the number of layers
+    most:int=None # Only so many layers, those that moved most from their first record; None: all
 ):
     "Heat map of `stat`: layers from input to output down, training batches to the right"
     from matplotlib.colors import CenteredNorm,LogNorm
@@ -521,7 +522,13 @@ def plot(self:ActivationLogger,
         if key=='bn_dist': raise ValueError(_no_bn)
         show[:] = True
     M,names = M[show],[o for o,s in zip(self._names(), show) if s]
-    with np.errstate(all='ignore'): M = M/np.take_along_axis(M, np.isfinite(M).argmax(1)[:,None], 1) if relative else M
+    first = np.take_along_axis(M, np.isfinite(M).argmax(1)[:,None], 1)
+    with np.errstate(all='ignore'):
+        moved = np.nan_to_num(np.abs(np.log(np.abs(M/first)) if relative else M-first), posinf=np.inf).max(1)
+        if relative: M = M/first
+    if most:
+        rows = np.sort(np.argsort(-moved, kind='stable')[:most])
+        M,names = M[rows],[names[i] for i in rows]
     pos = M[np.isfinite(M) & (M>0)]
     top = np.clip(np.exp(np.abs(np.log(pos)).max(initial=0)), 2, 1e6)
     signed = key in ('mean','min','max')
@@ -531,7 +538,10 @@ def plot(self:ActivationLogger,
     _ticks(ax.set_yticks, names, 60)
     _records(ax, x)
     ax.set(xlabel='training batch', title=f"{_said_as.get(key, key)} of each layer's {'output' if stat==key else 'gradient'}{', relative to the first record'*relative} ({split})")
-    ax.figure.colorbar(im, ax=ax, pad=.02, fraction=.05, aspect=40, label='multiple of the first record' if relative else _said_as.get(key, key), extend='both' if relative or key=='std' else 'neither')
+    cb = ax.figure.colorbar(im, ax=ax, pad=.02, fraction=.05, aspect=40, label='multiple of the first record' if relative else _said_as.get(key, key), extend='both' if relative or key=='std' else 'neither')
+    if relative:
+        cb.set_ticks(at := np.geomspace(1/top, top, 5), labels=[f'{t:.2g}' for t in at])
+        cb.minorticks_off()
     return ax
 
 # %% ../nbs/04_activations.ipynb #34fffe8f
@@ -576,6 +586,8 @@ def color_dim(self:ActivationLogger,
     return ax
 
 # %% ../nbs/04_activations.ipynb #6b2aa9bd
+_colors = '#0072B2','#E69F00','#000000','#56B4E9','#D55E00','#CC79A7'  # told apart by every eye
+
 @patch
 def plot_bn_dist(self:ActivationLogger,
     ax=None, # Where to draw, such as what an earlier call returned; None: a new figure
@@ -588,11 +600,14 @@ def plot_bn_dist(self:ActivationLogger,
     bns = np.flatnonzero(np.isfinite(np.concatenate([d[[0,-1]] for d in D.values()])).any(0))
     if not len(bns): raise ValueError(_no_bn)
     ax = ax or _new_ax(figsize)
+    numbers = range(1, len(bns)+1)
     for split,d in D.items():
-        line, = ax.plot(d[-1,bns], marker='.', label=f"{label}{f', {split}'*(len(D)>1)}" if label else f"{split}{', last record'*(len(d)>1)}")
-        if len(d)>1 and not label: ax.plot(d[0,bns], c=line.get_color(), ls=':', marker='.', label=f'{split}, first record')
-    _ticks(ax.set_xticks, [self._names()[i] for i in bns], 40, rotation=90)
-    ax.set(ylabel='running standard deviations', title="Distance of each BatchNorm's input from its running statistics")
+        color = _colors[sum(line.get_linestyle()=='-' for line in ax.lines)%len(_colors)]
+        ax.plot(numbers, d[-1,bns], c=color, marker='o', ms=4, label=f"{label}{f', {split}'*(len(D)>1)}" if label else f"{split}{', last record'*(len(d)>1)}")
+        if len(d)>1 and not label: ax.plot(numbers, d[0,bns], c=color, ls=':', marker='o', ms=4, mfc='white', label=f'{split}, first record')
+    first,last = (_short_name(self._names()[i]) for i in bns[[0,-1]])
+    ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    ax.set(xlabel=f'number of the BatchNorm, from 1 ({first}) to {len(bns)} ({last})', ylabel='running standard deviations', title="Distance of each BatchNorm's input from its running statistics")
     ax.spines[['top','right']].set_visible(False)
     ys = np.concatenate([np.asarray(o.get_ydata(), float) for o in ax.lines])
     ax.set_ylim(0, 1.2*max(.5, ys[np.isfinite(ys)].max()))
