@@ -165,7 +165,7 @@ def normx_demo(
     learn.remove_cbs([log, learn.stats_match_cb])
     print(f'Input:     {seen.outcome}, says StatsMatch after {len(seen.observed)} images: {constants_text(seen.applied)}')
     print(f'Layers:    {log.to_df().layer.nunique()}, logged every batch by ActivationLogger')
-    log.plot(relative=True); save('layers.png')
+    log.plot(relative=True, most=20).set_title('std of the 20 layers that changed most, relative to the first record'); save('layers.png')
     with learn.no_bar(): acc = learn.validate()[1]
     print(f'\nAccuracy:  {acc:.1%}, with the constants the backbone expects\n\nThe same model, validated with')
     accs = _accuracies(learn)
@@ -176,7 +176,7 @@ def normx_demo(
     with learn.no_bar(): learn.show_results(max_n=12, nrows=3, figsize=(8,7))
     save('results.png')
     ax = plt.subplots(figsize=(7,2.2))[1]
-    bars = ax.barh(list(accs), list(accs.values()), color=['#c44e52','#dd8452','#55a868'])
+    bars = ax.barh(list(accs), list(accs.values()), color=['#D55E00','#E69F00','#0072B2'])
     ax.bar_label(bars, fmt='{:.1%}', padding=3)
     ax.set(xlim=(0,1.1), xlabel='validation accuracy', title='One model, three Normalize'); ax.spines[['top','right']].set_visible(False)
     save('constants.png')
