@@ -170,8 +170,8 @@ def plot(self:MatchReport,
     seen = [v.pixels for v in self.views.values() if v.n_in==n and len(v.means)]
     fig,axs = plt.subplots(1, n, figsize=figsize or (min(3.4*n, 14),2.8), sharey=True, squeeze=False, layout='constrained')
     for c,ax in enumerate(axs[0]):
-        if seen: ax.hist(torch.cat(seen)[:,c].flatten().numpy(), 80, density=True, color='#4c72b0', alpha=.55, label='observed')
-        dot = dict(fmt='o', color='#1f3b73', capsize=4, zorder=3, clip_on=False, label='observed mean and std')
+        if seen: ax.hist(torch.cat(seen)[:,c].flatten().numpy(), 80, density=True, color='#0072B2', alpha=.85, zorder=2, label='observed')
+        dot = dict(fmt='o', color='#003f66', capsize=4, zorder=3, clip_on=False, label='observed mean and std')
         ax.errorbar(self.observed.mean[c], 0, xerr=self.observed.std[c], **dot)
         if self.expected.n_in==n: _plot_expected(ax, self.expected, c)
         ax.set(title=('red','green','blue')[c] if n==3 else f'channel {c}', yticks=[], xlabel='value at the model')
@@ -184,7 +184,7 @@ def _plot_expected(ax, expected, c):
     "Mark on `ax` where channel `c` should be"
     mean,std = should_be(expected)[:,c]
     if not math.isnan(mean):
-        ax.axvspan(mean-std, mean+std, color='#55a868', alpha=.25, label='expected mean and std')
-        ax.axvline(mean, color='#2a7f3f')
+        ax.axvspan(mean-std, mean+std, color='#E69F00', alpha=.35, zorder=0, label='expected mean and std')
+        ax.axvline(mean, color='#D55E00', zorder=2.5)
     for end,label in ((0,None),(1,'expected black and white')):
         ax.axvline((end-expected.mean[c])/expected.std[c], color='k', ls=':', lw=1, label=label)
