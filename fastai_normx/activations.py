@@ -538,7 +538,9 @@ def plot(self:ActivationLogger,
     _ticks(ax.set_yticks, names, 60)
     _records(ax, x)
     ax.set(xlabel='training batch', title=f"{_said_as.get(key, key)} of each layer's {'output' if stat==key else 'gradient'}{', relative to the first record'*relative} ({split})")
-    cb = ax.figure.colorbar(im, ax=ax, pad=.02, fraction=.05, aspect=40, label='multiple of the first record' if relative else _said_as.get(key, key), extend='both' if relative or key=='std' else 'neither')
+    said = 'multiple of the first record' if relative else _said_as.get(key, key)
+    extend = 'both' if relative or key=='std' else 'neither'
+    cb = ax.figure.colorbar(im, ax=ax, pad=.02, fraction=.05, aspect=40, label=said, extend=extend)
     if relative:
         cb.set_ticks(at := np.geomspace(1/top, top, 5), labels=[f'{t:.2g}' for t in at])
         cb.minorticks_off()
@@ -603,11 +605,14 @@ def plot_bn_dist(self:ActivationLogger,
     numbers = range(1, len(bns)+1)
     for split,d in D.items():
         color = _colors[sum(line.get_linestyle()=='-' for line in ax.lines)%len(_colors)]
-        ax.plot(numbers, d[-1,bns], c=color, marker='o', ms=4, label=f"{label}{f', {split}'*(len(D)>1)}" if label else f"{split}{', last record'*(len(d)>1)}")
-        if len(d)>1 and not label: ax.plot(numbers, d[0,bns], c=color, ls=':', marker='o', ms=4, mfc='white', label=f'{split}, first record')
+        name = label + f', {split}'*(len(D)>1) if label else split + ', last record'*(len(d)>1)
+        ax.plot(numbers, d[-1,bns], c=color, marker='o', ms=4, label=name)
+        if len(d)>1 and not label:
+            ax.plot(numbers, d[0,bns], c=color, ls=':', marker='o', ms=4, mfc='white', label=f'{split}, first record')
     first,last = (_short_name(self._names()[i]) for i in bns[[0,-1]])
     ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    ax.set(xlabel=f'number of the BatchNorm, from 1 ({first}) to {len(bns)} ({last})', ylabel='running standard deviations', title="Distance of each BatchNorm's input from its running statistics")
+    ax.set(title="Distance of each BatchNorm's input from its running statistics", ylabel='running standard deviations')
+    ax.set_xlabel(f'number of the BatchNorm, from 1 ({first}) to {len(bns)} ({last})')
     ax.spines[['top','right']].set_visible(False)
     ys = np.concatenate([np.asarray(o.get_ydata(), float) for o in ax.lines])
     ax.set_ylim(0, 1.2*max(.5, ys[np.isfinite(ys)].max()))

@@ -165,7 +165,8 @@ def normx_demo(
     learn.remove_cbs([log, learn.stats_match_cb])
     print(f'Input:     {seen.outcome}, says StatsMatch after {len(seen.observed)} images: {constants_text(seen.applied)}')
     print(f'Layers:    {log.to_df().layer.nunique()}, logged every batch by ActivationLogger')
-    log.plot(relative=True, most=20).set_title('std of the 20 layers that changed most, relative to the first record'); save('layers.png')
+    log.plot(relative=True, most=20).set_title('std of the 20 layers that changed most, relative to the first record')
+    save('layers.png')
     with learn.no_bar(): acc = learn.validate()[1]
     print(f'\nAccuracy:  {acc:.1%}, with the constants the backbone expects\n\nThe same model, validated with')
     accs = _accuracies(learn)

@@ -170,7 +170,9 @@ def plot(self:MatchReport,
     seen = [v.pixels for v in self.views.values() if v.n_in==n and len(v.means)]
     fig,axs = plt.subplots(1, n, figsize=figsize or (min(3.4*n, 14),2.8), sharey=True, squeeze=False, layout='constrained')
     for c,ax in enumerate(axs[0]):
-        if seen: ax.hist(torch.cat(seen)[:,c].flatten().numpy(), 80, density=True, color='#0072B2', alpha=.85, zorder=2, label='observed')
+        if seen:
+            values = torch.cat(seen)[:,c].flatten().numpy()
+            ax.hist(values, 80, density=True, color='#0072B2', alpha=.85, zorder=2, label='observed')
         dot = dict(fmt='o', color='#003f66', capsize=4, zorder=3, clip_on=False, label='observed mean and std')
         ax.errorbar(self.observed.mean[c], 0, xerr=self.observed.std[c], **dot)
         if self.expected.n_in==n: _plot_expected(ax, self.expected, c)
