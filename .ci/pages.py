@@ -1,7 +1,7 @@
 """Between nbdev and a site without Quarto: `prepare` goes over what nbdev wrote to _proc, `finish` over the site that was made of it
 
 Links of this project's own that lead nowhere stop the build."""
-import json, re, sys
+import json, re, sys, tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -10,6 +10,8 @@ import yaml
 
 root = Path(__file__).resolve().parent.parent
 numbered = re.compile(r'\b\d\d[a-z]?_(\w+\.ipynb)')
+
+def urls(): return tomllib.loads((root/'pyproject.toml').read_text(encoding='utf-8'))['project']['urls']
 
 # What nbdev wrote
 
@@ -56,6 +58,7 @@ def prepare(proc=root/'_proc'):
     cfg['format']['html'].pop('grid')
     cfg['website']['image'] = '/' + cfg['website']['image']  # from the root, also on a page in a folder
     cfg['website'] |= yaml.safe_load((proc/'nbdev.yml').read_text(encoding='utf-8'))['website']
+    cfg['website']['site-url'] = urls()['Homepage']  # pictures for other sites need it; links do not
     cfg['project']['output-dir'] = '_docs'
     del cfg['metadata-files']
     settings.write_text(yaml.safe_dump(cfg, sort_keys=False), encoding='utf-8')

@@ -84,6 +84,7 @@ def test_saved_outputs_hold_no_progress_bar(p):
 @pytest.fixture(scope='module')
 def site():
     "What stands between nbdev and the site"
+    pytest.importorskip('tomllib')
     spec = spec_from_file_location('pages', root/'.ci/pages.py')
     spec.loader.exec_module(m := module_from_spec(spec))
     return m
@@ -121,3 +122,11 @@ def test_search_puts_internals_behind(site):
     entry = dict(href='judge.html#blue', title='Judge', section='Blue', text='a grey image')
     assert site.rank(dict(entry), {'judge.html'}) == entry | dict(section='Internals · Judge · Blue', text='a grey image gray')
     assert site.rank(dict(entry, text='an image'), set()) == entry | dict(text='an image')
+
+
+def test_addresses_have_one_home(site):
+    urls = site.urls()
+    bar = site.yaml.safe_load((root/'nbs/_quarto.yml').read_text(encoding='utf-8'))['website']['navbar']
+    assert [t['href'] for t in bar['tools'] if t['icon'] == 'github'] == [urls['Repository']]
+    sources = [*(root/'fastai_normx').glob('*.py'), *(root/'nbs').rglob('*.ipynb'), *(root/'nbs').glob('*.yml')]
+    assert not [p.name for p in sources if urls['Homepage'].rstrip('/') in p.read_text(encoding='utf-8')]
