@@ -99,7 +99,7 @@ def internals(proc):
 
 def rank(entry, inner):
     "Search prefers a short heading that matches: those of internals are longer, and say what they are"
-    if entry['href'].split('#')[0] in inner: entry['section'] = ' · '.join(['Internals', entry['title'], entry['section']])
+    if entry['href'].split('#')[0] in inner: entry['section'] = ' · '.join(filter(None, ('Internals', entry['title'], entry['section'])))
     if re.search(r'\bgrey', entry['text'], re.I): entry['text'] += ' gray'
     return entry
 

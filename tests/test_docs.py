@@ -121,6 +121,7 @@ def test_dead_links_are_found(site, tmp_path):
 def test_search_puts_internals_behind(site):
     entry = dict(href='judge.html#blue', title='Judge', section='Blue', text='a grey image')
     assert site.rank(dict(entry), {'judge.html'}) == entry | dict(section='Internals · Judge · Blue', text='a grey image gray')
+    assert site.rank(dict(entry, section=''), {'judge.html'})['section'] == 'Internals · Judge'
     assert site.rank(dict(entry, text='an image'), set()) == entry | dict(text='an image')
 
 
