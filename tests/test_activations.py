@@ -1680,6 +1680,37 @@ def test_columns_of_a_plot_are_named_by_their_batch():
     plt.close('all')
 
 
+def test_a_plot_of_the_layers_that_moved_most():
+    import matplotlib.pyplot as plt
+    al = get_learner(cbs=ActivationLogger())
+    al.fit(3)
+    al = al.activation_logger
+    std = al.to_df().query('split=="train"').pivot(index='layer', columns='step', values='std')
+    moved = np.log(std.div(std[0], axis=0)).abs().max(axis=1)
+    names = [o.get_text() for o in al.plot(relative=True, most=2).get_yticklabels()]
+    assert set(names) == set(moved.nlargest(2).index) and names == [n for n in al._names() if n in names]
+    assert len(al.plot(most=99).get_yticklabels()) == len(al._names())
+    plt.close('all')
+
+
+def test_batchnorms_are_numbered_and_told_apart():
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import to_rgb
+    m = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    m(torch.randn(64, 3, 16, 16))
+    learn = get_learner(m, cbs=ActivationLogger())
+    learn.fit(2)
+    ax = learn.activation_logger.plot_bn_dist()
+    assert 'from 1 (0) to 2 (2)' in ax.get_xlabel()
+    assert all(list(o.get_xdata()) == [1, 2] for o in ax.lines)
+    assert {o.get_label(): to_rgb(o.get_markerfacecolor()) == (1, 1, 1) for o in ax.lines} == {
+        'train, last record': False, 'train, first record': True, 'valid, last record': False, 'valid, first record': True}
+    for n in range(2): learn.activation_logger.plot_bn_dist(ax=ax, label=f'run {n}')
+    solid = [o.get_color() for o in ax.lines if o.get_linestyle() == '-']
+    assert len(set(solid)) == len(solid) == 6
+    plt.close('all')
+
+
 def test_very_long_names_leave_room_for_the_plot():
     long = 'x'*200
     model = nn.Sequential()
