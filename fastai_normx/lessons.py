@@ -100,7 +100,8 @@ def _ours(w, cls, start):
 @contextmanager
 def heard(
     cls:type=None, # Category; None: any of this package's
-    start:str='' # How the message begins
+    start:str='', # How the message begins
+    n:int=None # Print the first `n`; None: all
 ):
     "Print the warnings that are given inside, and fail if there is none"
     with warnings.catch_warnings(record=True) as ws:
@@ -108,7 +109,7 @@ def heard(
         yield ws
     ours = [w for w in ws if _ours(w, cls, start)]
     assert ours, f'expected a warning, {cls or "one of this package"}, and heard {[str(w.message) for w in ws]}'
-    for w in ours: say(f'{w.category.__name__}: {w.message}')
+    for w in ours[:n]: say(f'{w.category.__name__}: {w.message}')
 
 # %% ../nbs/06_lessons.ipynb #06a1e533
 @contextmanager
