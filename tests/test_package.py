@@ -3,13 +3,14 @@ import ast, importlib.util, json, os, re, subprocess, sys, textwrap, zipfile
 from pathlib import Path
 
 import pytest
+from test_visible import for_users
 
 root = Path(__file__).resolve().parent.parent
 notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts and p.parts[-2][0] != '_')
 python = lambda code, **kw: subprocess.run([sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, **kw)
 
 
-@pytest.mark.parametrize('nb', notebooks, ids=lambda p: p.stem)
+@pytest.mark.parametrize('nb', [p for p in notebooks if p not in for_users], ids=lambda p: p.stem)  # those for users run in test_visible.py
 def test_notebook(nb):
     code = f'''
         import sys

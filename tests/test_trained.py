@@ -1,5 +1,5 @@
 "A learner that has trained under some constants: what is said of it, what `fix` does, and what is shipped."
-import copy, pickle, subprocess, sys, warnings
+import copy, subprocess, sys, tempfile, warnings
 from pathlib import Path
 
 import pytest
@@ -7,15 +7,14 @@ import torch
 from torch import nn
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import *  # lr_find, fit_one_cycle
-from fastai.data.core import DataLoaders, Datasets
+from fastai.data.core import Datasets
 from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.learner import Learner, load_learner
 from fastai.torch_core import TensorCategory, TensorImage
-from fastai.vision.learner import vision_learner
 
-from fastai_normx.all import NormStats, StatsMatch, StatsMatchWarning, applied_stats, expected_stats, stats_match
+from fastai_normx.all import StatsMatch, StatsMatchWarning, applied_stats, expected_stats, stats_match
 from fastai_normx.expected import ExpectedStatsWarning
-from fastai_normx.trained import has_trained, remember, trained_with
+from fastai_normx.trained import has_trained, trained_with
 
 imagenet, half = ((.485, .456, .406), (.229, .224, .225)), ((.5,)*3, (.5,)*3)
 
@@ -33,7 +32,7 @@ def learner(stats, cbs=None):
     import timm
     torch.manual_seed(0)
     net = timm.create_model('test_vit.r160_in1k', pretrained=False, num_classes=2, img_size=32)
-    learn = Learner(loaders(stats), net, loss_func=nn.CrossEntropyLoss(), cbs=cbs)
+    learn = Learner(loaders(stats), net, loss_func=nn.CrossEntropyLoss(), cbs=cbs, path=tempfile.mkdtemp())
     learn.arch, learn.pretrained = 'test_vit.r160_in1k', True
     return learn
 
