@@ -68,7 +68,7 @@ class NormStats(Affine):
 # %% ../nbs/01_expected.ipynb #0ec9fcdc
 def _user_level():
     "`stacklevel` of the first caller outside this package, so that a warning points at the user's line"
-    ours = 'fastai_normx','fastai','fastcore','fasttransform','plum','functools','contextlib'
+    ours = 'fastai_normx','fastai','fastcore','fasttransform','plum','functools','contextlib','torch'
     f,n = sys._getframe(2),2
     while f.f_back and f.f_globals.get('__name__','').partition('.')[0] in ours: f,n = f.f_back,n+1
     return n
