@@ -261,13 +261,13 @@ def _watch(self:ActivationLogger, call):
         raise
     self._rec.stop()
     self._now.ran = True
-    if not (self._together or self.grads and self.training): self._finish()
+    if self._rec.ready and not (self._together or self.grads and self.training): self._finish()
     return out
 
 # %% ../nbs/04_activations.ipynb #bcf34db1
 @patch
 def after_backward(self:ActivationLogger):
-    if not self._together: self._finish()    # before the step: malloc gives what is freed after it back to the system, and the next step is slow
+    if self._rec is not None and self._rec.ready and not self._together: self._finish()    # not after the step, when malloc gives what is freed back
 
 @patch
 def after_batch(self:ActivationLogger): self._finish()
@@ -312,7 +312,7 @@ def _unscaled(rec, n, s):
     v[n:,_var] /= s*s
     return (v,*rec[1:])
 
-# %% ../nbs/04_activations.ipynb #97c3060c
+# %% ../nbs/04_activations.ipynb #9aedbce4
 @patch
 def before_fit(self:ActivationLogger):
     if self.learn is None or self._on and self._in_fit: return
@@ -386,11 +386,11 @@ def _settle(self:ActivationLogger):
     if self._on and not self._running: self._close(failed=True)
 
 def _unseen(rec):
-    why = ('this torch cannot run a compiled model with hooks. Compile after training, or update torch.' if _is_compiled(rec.model) else
+    why = ('it is compiled, and to run it as it was written takes torch 2.6. Update torch, or compile after training.' if _is_compiled(rec.model) else
            'is the model traced or scripted, or does it use other modules? Choose with `layers`.')
     return f'None of the {len(rec.names)} layers was seen to run: {why}'
 
-# %% ../nbs/04_activations.ipynb #534589c9
+# %% ../nbs/04_activations.ipynb #73138159
 @patch(as_prop=True)
 def _running(self:ActivationLogger): "Is a fit or a validation of the learner underway?"; return _inside(self.learn, Learner._with_events)
 

@@ -8,15 +8,15 @@ Docs: https://fastai.github.io/fastai_normx/recorder.html.md"""
 __all__ = ['ActivationRecorder']
 
 # %% ../nbs/04a_recorder.ipynb #3aebfde5
-import threading,weakref
+import sys,threading,weakref
 from collections import Counter,namedtuple
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack,nullcontext
 from dataclasses import fields,is_dataclass
 from fnmatch import fnmatchcase
-from functools import partial
 from math import gcd,isfinite,prod
 from numbers import Integral
+from types import FunctionType
 
 import numpy as np
 import torch
@@ -299,9 +299,9 @@ class ActivationRecorder:
         self.stop()
         self._clear()
         self.alive = True
-        if self._compiled is None: self._compiled = _is_compiled(self.model)
-        for i,m in enumerate(self.layers.values()): self._on.callback(m.register_forward_hook(partial(self._saw, i)).remove)
-        if self._compiled and hasattr(torch.compiler, 'set_stance'): self._on.enter_context(torch.compiler.set_stance('force_eager'))
+        for i,m in enumerate(self.layers.values()): self._on.callback(m.register_forward_hook(_Saw(self, i)).remove)
+        if 'torch._dynamo' in sys.modules and hasattr(torch.compiler, 'set_stance'):     # else nothing is compiled, or cannot be helped
+            self._on.enter_context(torch.compiler.set_stance('force_eager'))
         return self
 
     def stop(self):
@@ -310,17 +310,21 @@ class ActivationRecorder:
         self._on.close()
 
     @property
-    def _ready(self):
-        "Has `collect` nothing to wait for?"
-        return not self.grads and all(_is_cpu(dev) for dev,_ in self._bufs)
+    def ready(self):
+        "Does `collect` wait for no device?"
+        return all(_is_cpu(dev) for dev,_ in self._bufs)
 
     def free(self):
         "Hooks off, and nothing kept but the last record"
         self.stop()
         self._clear()
-        self._bufs,self._plans,self._compiled = {},{},None
+        self._bufs,self._plans = {},{}
 
-def _is_compiled(model): return any(hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) is not None for m in model.modules())
+def _is_compiled(model):
+    "Is `model` compiled, or a part of it, or a method?"
+    def compiled(f): return isinstance(f, FunctionType) and hasattr(f, '_torchdynamo_orig_callable')
+    return any('_orig_mod' in m._modules or m._compiled_call_impl is not None or any(map(compiled, [*vars(m).values(), *vars(type(m)).values()]))
+               for m in model.modules())
 
 # %% ../nbs/04a_recorder.ipynb #d3fc52ca
 @patch
@@ -354,10 +358,27 @@ def _take(self:ActivationRecorder, x, row, rule, bn=None):
         if p.idx is not None: b.add(x, meta)
     return meta
 
+# %% ../nbs/04a_recorder.ipynb #d38ad31c
+class _Hook:
+    "What a copied module or a pickle has instead: a function of the standard library that takes anything and does nothing"
+    def __reduce__(self): return getattr,(nullcontext(),'__exit__')
+
+class _Saw(_Hook):
+    "The forward hook of layer `i`"
+    def __init__(self, rec, i): self.rec,self.i = rec,i
+    def __call__(self, m, inp, out):
+        if not torch.compiler.is_compiling(): self.rec._saw(self.i, m, inp, out)
+
+class _SawGrad(_Hook):
+    "The hook of an output of layer `i`: for the batch that it comes from, and no reason to keep a recorder"
+    def __init__(self, rec, i): self.rec,self.i,self.draw = weakref.ref(rec),i,rec._draws
+    def __call__(self, g):
+        if (rec := self.rec()) is not None and rec._draws==self.draw and g is not None: rec._saw_grad(self.i, g)
+
 # %% ../nbs/04a_recorder.ipynb #346a0e5a
 @patch
 def _saw(self:ActivationRecorder, i, m, inp, out):
-    "The forward hook of layer `i`"
+    "Layer `i` was called with `inp`, and gave `out`"
     if not self.alive: return
     self.calls[i] += 1
     try:
@@ -366,7 +387,7 @@ def _saw(self:ActivationRecorder, i, m, inp, out):
             for t in _tensors(out):
                 meta = self._take(t, i, self.rules[i])
                 self._last = weakref.ref(t),_version(t),meta
-                if self.grads and t.requires_grad: t.register_hook(partial(self._saw_grad, i, self._draws))
+                if self.grads and t.requires_grad and not t.is_leaf: t.register_hook(_SawGrad(self, i))
     except Exception as e: self.problems.setdefault(i, e.with_traceback(None))   # whose frames hold the tensors
 
 def _version(t): return object() if t.is_inference() else t._version    # those do not count what is done in place
@@ -379,9 +400,8 @@ def _see_input(self:ActivationRecorder, i, x):
     else: self._take(x, None, 1, bn=i)
 
 @patch
-def _saw_grad(self:ActivationRecorder, i, draw, g):
-    "The gradient with respect to an output of layer `i`; `draw` tells this batch's from another's"
-    if self._draws!=draw or g is None: return
+def _saw_grad(self:ActivationRecorder, i, g):
+    "`g` is the gradient with respect to an output of layer `i`"
     self.calls[len(self.names)+i] += 1
     try:
         with torch._C.DisableTorchFunctionSubclass(): self._take(g, len(self.names)+i, self.rules[i])
@@ -465,7 +485,6 @@ def collect(self:ActivationRecorder):
         if self._plans[k]: self._plans[k] = None
         else: del self._plans[k]
     self.record = self._assemble(done) if done else None
-    if not done: self._compiled = None                   # perhaps it is by now
     return self.record
 
 @patch

@@ -201,3 +201,112 @@ def test_a_full_disk_leaves_whole_rows(tmp_path):
     df = pd.read_csv(tmp_path/'a.csv', dtype={'layer': str})
     assert 0 < len(df) < len(al.to_df()) and len(df) % 3 == 0
     assert df.layer.tolist() == ['0', '1', '3']*(len(df)//3) and df['std'].notna().all()
+
+
+# ---- copies of a module, compiled code
+
+class Twin(nn.Module):
+    "Makes a momentum twin of its encoder in the first forward pass, and a pickle of it"
+    def __init__(self): super().__init__(); self.enc, self.head, self.twin, self.n = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4)), nn.Linear(4, 2), [], 0
+    def forward(self, x):
+        if not self.twin: self.twin += [copy.deepcopy(self.enc), torch.load(saved(self.enc), weights_only=False), torch.optim.swa_utils.AveragedModel(self.enc)]
+        x = self.enc(x)
+        if self.n == 1: self.twin.append(copy.deepcopy(self.enc))
+        self.n += 1
+        return self.head(x)
+
+
+@pytest.mark.parametrize('grads', [False, True])
+def test_what_is_copied_or_saved_while_it_is_recorded_is_inert(grads, tmp_path):
+    learn = get_learner(tmp_path, al := ActivationLogger(grads=grads))
+    learn.model = Twin()
+    learn.create_opt()
+    assert fit(learn) is None
+    n = al._rec.calls.sum()
+    assert len(learn.model.twin) == 4 and al.to_df().groupby('layer').size().eq(6).all()
+    x = torch.randn(4, 3)
+    for twin in learn.model.twin: assert twin(x).shape == (4, 4)
+    for twin in learn.model.twin: copy.deepcopy(twin)(x).sum().backward(); torch.load(saved(twin), weights_only=False)(x)
+    assert al._rec.calls.sum() == n and 'fastai_normx' not in str(pickletools_of(learn.model.twin[0]))
+
+
+def pickletools_of(model):
+    import zipfile
+    return zipfile.ZipFile(saved(model)).read('archive/data.pkl')
+
+
+@pytest.mark.parametrize('event,train', [e for e in events if e[0] != 'before_fit'])
+def test_a_model_can_be_copied_at_every_event(event, train, tmp_path):
+    made = []
+    learn = get_learner(tmp_path, al := ActivationLogger(grads=True))
+    assert fit(learn, *[At(event, train, lambda l: made.append(copy.deepcopy(l.model)) or torch.optim.swa_utils.AveragedModel(l.model), o) for o in (-50, last)]) is None
+    assert len(made) == 2 and all(traces(m) == traces(learn.model) for m in made) and len(al._hist['train']) == 3
+
+
+def compiled(how):
+    "A model compiled in part, and a backend that counts the graphs it gets"
+    graphs = []
+    def backend(gm, ex): graphs.append(gm); return gm.forward
+    compile = dict(backend=backend, fullgraph=True)
+    class M(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        def forward(self, x): return self.c(self.block(x))
+        def block(self, x): return self.b(self.a(x).relu())
+    m = M()
+    if how == 'method': m.block = torch.compile(m.block, **compile)
+    elif how == 'class method': M.block = torch.compile(M.block, **compile)
+    elif how == 'forward': m.forward = torch.compile(m.forward, **compile)
+    elif how == 'submodule in place': m.b.compile(**compile)
+    elif how == 'in place': m.compile(**compile)
+    elif how == 'whole': m = torch.compile(m, **compile)
+    return m, graphs
+
+
+def ops(graphs): return {str([n.target for n in g.graph.nodes if n.op != 'placeholder']) for g in graphs}
+
+
+hows = ['method', 'class method', 'forward', 'submodule in place', 'in place', 'whole']
+
+
+@pytest.mark.parametrize('how', hows)
+@pytest.mark.parametrize('every', [1, 2])
+def test_compiled_parts_are_recorded_and_stay_whole(how, every, tmp_path):
+    if not hasattr(torch.compiler, 'set_stance'): pytest.skip('this torch cannot run a compiled model as written')
+    torch._dynamo.reset()
+    learn = get_learner(tmp_path, al := ActivationLogger(every=every, grads=True))
+    learn.model, graphs = compiled(how)
+    learn.create_opt()
+    assert fit(learn) is None
+    n = 2*len(range(0, 3, every))
+    assert al.to_df().groupby('layer').size().to_dict() == dict(a=n, b=n, c=n)
+    assert bool(graphs) == (every == 2)        # the others run compiled
+    learn.remove_cb(al)
+    assert fit(learn) is None
+    torch._dynamo.reset()
+    other = get_learner(tmp_path)
+    other.model, alone = compiled(how)
+    other.create_opt()
+    assert fit(other) is None and ops(graphs) and ops(graphs) <= ops(alone)    # no graph is split or differs
+    assert torch._dynamo.eval_frame._stance.stance == 'default'
+
+
+@pytest.mark.parametrize('how', hows)
+def test_torch_that_cannot_run_compiled_code_as_written(how, tmp_path, monkeypatch):
+    monkeypatch.delattr(torch.compiler, 'set_stance', raising=False)
+    torch._dynamo.reset()
+    learn = get_learner(tmp_path, al := ActivationLogger(grads=True))
+    learn.model, graphs = compiled(how)
+    learn.create_opt()
+    with warnings.catch_warnings(record=True) as ws:
+        warnings.simplefilter('always')
+        learn.logger = lambda *a: None
+        learn.fit(1)
+    said = [str(w.message) for w in ws if issubclass(w.category, ActivationLoggerWarning)]
+    assert len(said) == (how in ('in place', 'whole', 'forward')) and all('torch 2.6' in o for o in said), said
+    learn.remove_cb(al)
+    assert fit(learn) is None
+    torch._dynamo.reset()
+    other = get_learner(tmp_path)
+    other.model, alone = compiled(how)
+    other.create_opt()
+    assert fit(other) is None and ops(graphs) and ops(graphs) <= ops(alone)
