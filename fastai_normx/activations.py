@@ -193,7 +193,7 @@ class ActivationLogger(Callback):
     def reset(self):
         "Forget all records; the next `fit` starts anew. What was written to `to` stays there, and steps count on"
         if self._on: self._close(failed=True)
-        self._rec = self._left = None
+        self._rec = self._left = self._known = None
         if not self._outs: self._fits,self._steps = -1,0
         self._start = self._steps
         self._blind,self._said,self.found,self._alerts = False,set(),L(),_Alerts()
@@ -252,8 +252,10 @@ def _loss_scale(learn):
 @patch
 def _watch(self:ActivationLogger, call):
     "Call the model, and see what its layers put out"
+    rec,model = self._rec,self._now.model
     try:
-        self._rec.start()
+        if rec.model is not model: rec.look_at(model)    # for validation an average of the weights, say
+        rec.start()
         out = call()
     except BaseException:
         with suppress(Warning): self._finish(failed=True)    # an alert that is an error does not hide the one that is raised
@@ -292,8 +294,21 @@ def _collect(self:ActivationLogger):
     except Exception as e:
         self._rec.free()
         return self._once('collect', f'A batch was not recorded: {type(e).__name__}: {e}')
-    for i,e in self._rec.problems.items(): self._once(i, f'Layer {self._rec.names[i]} is not recorded: {type(e).__name__}: {e}')
+    for key,msg in _not_recorded(self._rec): self._once(key, msg)
     return rec
+
+def _not_recorded(rec):
+    "`(cause, sentence)` of all that `rec` could not record"
+    def layers(rows): return f"{'Layer' if len(rows)==1 else f'{len(rows)} layers:'} {rec.few(rows)}"
+    failed = {}
+    for i,e in rec.problems.items(): failed.setdefault(f'{type(e).__name__}: {e}', []).append(i)
+    for e,rows in failed.items(): yield e,f"{layers(rows)} {'is' if len(rows)==1 else 'are'} not recorded: {e}"
+    for why,rows in rec.unread.items():
+        if why!='whole numbers': yield why,f"{layers(rows)} {'is' if len(rows)==1 else 'are'} not recorded: the output is {why}."
+    for why,rows in rec.ungraded.items(): yield why,f'Gradients of {rec.few(rows)} are not recorded: {why}.'
+    if rec.missing or rec.strange: yield 'other layers',(
+        f'The model has changed within the fit: {_first_of([*rec.missing,*rec.strange], 5)} '
+        'are in one of its forms only, and not recorded in the other. Layers of the same name are.')
 
 @patch
 def _keep(self:ActivationLogger, meta, rec):
@@ -312,19 +327,20 @@ def _unscaled(rec, n, s):
     v[n:,_var] /= s*s
     return (v,*rec[1:])
 
-# %% ../nbs/04_activations.ipynb #9aedbce4
+# %% ../nbs/04_activations.ipynb #14542aac
 @patch
 def before_fit(self:ActivationLogger):
     if self.learn is None or self._on and self._in_fit: return
     self._close(failed=True)
     if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'): return
     mods = _select(self.learn.model, self.layers)
-    if self._rec is None or _ids(mods)!=_ids(self._rec.layers):
+    if self._rec is None or _ids(mods)!=self._known:
         if self._rec is not None: self.reset()
         self._rec = ActivationRecorder(self.learn.model, self.layers, self.hists, self.sample, self.grads)
     elif self._left and not all(map(np.array_equal, now := [_bn_ref(m) for m in mods.values()], self._left)):
         self._rec.refs = now    # other weights
-    self._rec.model,self._rec.layers = self.learn.model,mods
+    self._rec.look_at(self.learn.model)
+    self._known = _ids(mods)
     self._on,self._fits,self._start,self._logs = True,self._fits+1,self._steps,self._find_logs()
 
 def _ids(mods):
@@ -352,8 +368,13 @@ def after_epoch(self:ActivationLogger):
 def after_fit(self:ActivationLogger):
     if not self._on or self.learn is None or self._in_fit: return
     self._end(valid=True)
-    self._left = [_bn_ref(m) for m in self._rec.layers.values()]
+    if self._rec is not None: self._leave(_select(self.learn.model, self.layers))
     self._close()
+
+@patch
+def _leave(self:ActivationLogger, mods):
+    "Note what this fit ends with, to see whether the next one goes on from there"
+    self._known,self._left = _ids(mods),[_bn_ref(m) for m in mods.values()]
 
 @patch
 def _end(self:ActivationLogger, valid=False):
@@ -390,7 +411,7 @@ def _unseen(rec):
            'is the model traced or scripted, or does it use other modules? Choose with `layers`.')
     return f'None of the {len(rec.names)} layers was seen to run: {why}'
 
-# %% ../nbs/04_activations.ipynb #73138159
+# %% ../nbs/04_activations.ipynb #0e614f79
 @patch(as_prop=True)
 def _running(self:ActivationLogger): "Is a fit or a validation of the learner underway?"; return _inside(self.learn, Learner._with_events)
 
@@ -464,9 +485,9 @@ def _find_logs(self:ActivationLogger):
 _causes = dict(
     nonfinite=('{v:.2%} of its values are NaN or infinite',
                'Look at the first layer named and at its input; a lower learning rate, or float32 for it, are the usual remedies.'),
-    exploding=('its values have grown to {v:.3g} (root mean square)',
+    exploding=('its values {are} {v:.3g} (root mean square)',
                'Usual remedies: a lower learning rate, gradient clipping, a normalization layer, another initialization.'),
-    vanishing=('its values have shrunk to {v:.3g} (root mean square)',
+    vanishing=('its values {are} {v:.3g} (root mean square)',
                'Usual remedies: another initialization, a normalization layer, less weight decay.'),
     dead=('{v:.0%} of its channels give the same value everywhere',
           'Usual remedies: a lower learning rate, a smaller bias, an activation function that is not flat on one side.'))
@@ -475,38 +496,43 @@ class _Alerts:
     "What is wrong in a record, and has not been said of that layer"
     def __init__(self): self.first,self.runs,self.said = None,{},set()
 
-    def hits(self, v, train):
-        "`{cause: (layers hit, how much)}` of the values `v` of a record's layers"
+    def hits(self, v, constant):
+        "`{cause: (layers hit, how much)}` of the values `v` of layers in a training record; `constant` are rows whose input does not vary"
         c = _columns(v)
-        res = dict(nonfinite=(c['nonfinite']>0,c['nonfinite']))
-        if not train: return res
         rms = np.hypot(c['mean'], c['std'])
         f = self.first = rms if self.first is None else np.where(np.isnan(self.first), rms, self.first)
-        same = c['min']==c['max']
-        res['exploding'] = (rms>1e4) | (rms>100*f) & (rms>100),rms
-        res['vanishing'] = (rms>0) & ((rms<1e-6) | (rms<f/100) & (rms<1e-3)),rms
-        res['dead'] = (c['dead']>=.5) | same & (v[:,_n]>=256),np.fmax(c['dead'], same)
-        return res
+        same,varies = c['min']==c['max'],~np.isin(np.arange(len(v)), constant)
+        return dict(
+            nonfinite=(c['nonfinite']>0,c['nonfinite']),
+            exploding=((rms>1e4) | (rms>100*f) & (rms>100),rms),
+            vanishing=((rms>0) & ((rms<1e-3) & (rms<f/100) | (rms<1e-6) & (rms<f/10)),rms),
+            dead=(((c['dead']>=.5) | same & (v[:,_n]>=256)) & varies,np.fmax(c['dead'], same)))
 
-    def new(self, v, train):
+    def new(self, v, train, constant):
         "`(cause, rows, how much)` of what is new"
-        for cause,(hit,much) in self.hits(v, train).items():
-            run = self.runs[cause] = (self.runs.get(cause, 0)+1)*hit    # records in a row
+        for cause,(hit,much) in self.hits(v, constant).items() if train else [('nonfinite',[_columns(v)['nonfinite']]*2)]:
+            run = self.runs[cause] = (self.runs.get(cause, 0)+1)*(hit>0)    # records in a row
             least = 5 if cause in ('vanishing','dead') else 1
             rows = [i for i in np.flatnonzero(run>=least) if (cause,i) not in self.said]
             self.said.update((cause,i) for i in rows)
             if rows: yield cause,rows,much[rows]
 
+    def how(self, row, v):
+        "How the root mean square `v` came about: only what has changed is said to have"
+        f = v if self.first is None else self.first[row]
+        return 'have grown to' if v>2*f else 'have shrunk to' if v<f/2 else 'are'
+
 @patch
 def _alert(self:ActivationLogger, meta, rec):
     "Warn of what is wrong in this record"
-    for cause,rows,much in [*self._alerts.new(rec[0][:len(self._rec.names)], meta['split']=='train')]:
+    constant = [i for i,o in self._rec.constant.items() if o]
+    for cause,rows,much in [*self._alerts.new(rec[0][:len(self._rec.names)], meta['split']=='train', constant)]:
         self.found += [dict(cause=cause, layer=self._rec.names[i], value=float(v), **meta) for i,v in zip(rows, much)]
         names,(text,advice) = [self._title(i) for i in rows],_causes[cause]
+        text = text.format(v=much[0], are=self._alerts.how(rows[0], much[0]))
         more = f' So for {len(names)-1} more: {_first_of(names[1:], 5)}.' if len(names)>1 else ''
         where = f"{meta['split']}, epoch {meta['epoch']}, batch {meta['batch']}"
-        msg = f'{cause.capitalize()} activations in {names[0]}: {text.format(v=much[0])} ({where}).{more} {advice}'
-        if not _rank(): _warn(msg, ActivationWarning)
+        if not _rank(): _warn(f'{cause.capitalize()} activations in {names[0]}: {text} ({where}).{more} {advice}', ActivationWarning)
 
 @patch
 def _title(self:ActivationLogger, i): return f'{self._rec.names[i]} ({type(self._rec.layers[self._rec.names[i]]).__name__})'
@@ -516,8 +542,14 @@ def _first_of(names, n): return ', '.join(names[:n]) + ', ...'*(len(names)>n)
 @patch
 def _names(self:ActivationLogger):
     self._settle()
-    if self._rec is None or not any(map(len, self._hist.values())): raise ValueError('Nothing is recorded yet: call `learn.fit` first, with the callback on the learner.')
+    if self._rec is None: raise ValueError('Nothing is recorded yet: call `learn.fit` first, with the callback on the learner.')
+    if not any(map(len, self._hist.values())): raise ValueError(f'Nothing is recorded: {self._why_nothing()}')
     return self._rec.names
+
+@patch
+def _why_nothing(self:ActivationLogger):
+    if why := self._rec._why_nothing(): return why
+    return _unseen(self._rec) if self._blind else 'no fit has come to the end of a batch that is recorded.'
 
 @patch
 def _index(self:ActivationLogger, i):
@@ -564,6 +596,8 @@ def layer_stats(self:ActivationLogger,
     i,c = self._index(i),self._values(split)[0]
     return L(L(c[k][:,i].tolist()) for k in ('mean','std','near_zero'))
 
+_elsewhere = 'unused, called by the loss, or its weights are used by another module, whose name `layers` takes'
+
 @patch
 def hist_data(self:ActivationLogger,
     i, # Number or name of the layer
@@ -573,7 +607,8 @@ def hist_data(self:ActivationLogger,
     i,h = self._index(i),self._history(split).recs
     if not self.hists or not h: raise ValueError(f'No histograms are recorded ({split}): use `ActivationLogger(hist=True)`' + (' and `valid=True`.' if split=='valid' else '.'))
     hs = [(r[1][i:i+1].astype(np.int64),r[2][i:i+1]) for r in h]
-    if not any(c.any() for c,_ in hs): raise ValueError(f'{self._title(i)} has no finite values ({split})' + (', since it never ran: its weights may be used by another module, whose name `layers` takes.' if not self._rec.calls[i] else '.'))
+    if not any(c.any() for c,_ in hs): raise ValueError(f'{self._title(i)} has no finite values ({split})' +
+        (f', since the model never called it: {_elsewhere}.' if not self._rec.calls[i] else '.'))
     total,at = reduce(lambda a,b: _merge_hists(*a, *b), hs)
     one = (total>0).astype(np.int64)
     return np.stack([(_merge_hists(*o, one, at)[0]-one)[0] for o in hs], 1),_edges(at[0])
@@ -600,7 +635,8 @@ def summary(self:ActivationLogger,
     batches = [sum(m['batches'] for m in h[k].meta) for k in ('train','valid')]
     res = [f"ActivationLogger: {N} layers, {batches[0]} training and {batches[1]} validation batches, " + ('every value' if self.sample is None else f'{self.sample} values of each layer and batch')]
     res += [f"{k}: {_first_of([a['layer'] for a in v], 6)}, first at {v[0]['split']} epoch {v[0]['epoch']} batch {v[0]['batch']}" for k,v in self.found.groupby(lambda a: a['cause']).items()] or ['No alerts']*bool(self.alerts)
-    if idle := [o for o,k in zip(names, self._rec.calls) if not k]: res.append(f'Never ran: {_first_of(idle, 8)} (their weights may be used by other modules, which `layers` can name)')
+    if idle := [o for o,k in zip(names, self._rec.calls) if not k]: res.append(f'Never called by the model: {_first_of(idle, 8)} ({_elsewhere})')
+    res += [f'Not recorded: {self._rec.few(rows, 8)} (the output is {why})' for why,rows in self._rec.unread.items()]
     df = pd.DataFrame({'layer':names, 'type':[type(m).__name__[:16] for m in self._rec.layers.values()], 'std':c['std'], 'at start':c0['std'], 'mean':c['mean'],
         'near 0':c['near_zero'], 'dead':c['dead'], 'nonfinite':c['nonfinite'], 'BN dist':c['bn_dist']})
     with np.errstate(all='ignore'): score = np.nan_to_num(np.abs(np.log(c['std']/c0['std'])), posinf=9) + np.nan_to_num(c['bn_dist']) + 1e6*np.isin(names, list(self.found.itemgot('layer')))

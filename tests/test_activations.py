@@ -116,7 +116,7 @@ def test_fastai_layer_stats_on_lstm_unused_and_shared():
     for i in range(4): assert [len(o) for o in al.layer_stats(i)] == [12]*3
     for n in ('rnn', 'shared', 'head'): assert np.isfinite(al.layer_stats(n)[0]).all()
     assert np.isnan(al.layer_stats('unused')[0]).all() and 'unused' not in set(al.to_df().layer)
-    assert 'Never ran: unused' in str(al.summary())
+    assert 'Never called by the model: unused' in str(al.summary())
     assert al.to_df().query('layer=="shared" and split=="train"')['count'].iloc[0] == 2*8*16*12
 
 
@@ -514,7 +514,9 @@ def test_one_item_is_no_evidence_of_death(sample):
 def test_what_failed_leaves_no_numbers_and_no_tensors(monkeypatch):
     m = nn.Linear(4, 4)
     rec = recorded(m, torch.randn(4))
-    with rec: torch.func.vmap(m)(torch.randn(5, 4)*1000)
+    with monkeypatch.context() as mp:
+        mp.setattr(R, '_places', lambda *a: 1/0)
+        with rec: m(torch.randn(5, 4)*1000)
     assert rec.problems
     with pytest.raises(ValueError, match='failed with'): rec.to_df()
     monkeypatch.setattr(R._Buffer, 'add', lambda *a: 1/0)
@@ -736,12 +738,12 @@ def test_thousands_of_calls_stay_in_one_buffer():
 def test_a_hook_that_fails_is_a_warning():
     al = ActivationLogger()
     learn = get_learner(cbs=al)
-    real = R._axis
-    def boom(rule, ndim):
-        if ndim == 2: raise RuntimeError('boom')
-        return real(rule, ndim)
+    real = R._Rule.axis
+    def boom(self, shape, stride):
+        if len(shape) == 2: raise RuntimeError('boom')
+        return real(self, shape, stride)
     with pytest.MonkeyPatch.context() as mp:
-        mp.setattr(R, '_axis', boom)
+        mp.setattr(R._Rule, 'axis', boom)
         with pytest.warns(ActivationLoggerWarning, match='Layer 8 is not recorded: RuntimeError: boom') as ws: learn.fit(1)
     assert len(ws) == 1 and set(al.to_df().layer) == set('0134')
 
@@ -1636,8 +1638,8 @@ def test_layers_that_never_ran_have_no_plot():
     learn = get_learner(Two(), cbs=ActivationLogger(valid=False))
     learn.fit(1)
     for f in (lambda al: al.color_dim('aux'), lambda al: al.hist('aux')):
-        with pytest.raises(ValueError, match='aux .Linear. has no finite values .train., since it never ran'): f(learn.activation_logger)
-    assert 'Never ran: aux' in learn.activation_logger.summary()
+        with pytest.raises(ValueError, match='aux .Linear. has no finite values .train., since the model never called it'): f(learn.activation_logger)
+    assert 'Never called by the model: aux' in learn.activation_logger.summary()
 
 
 def test_no_batch_waits_for_all_records_to_be_merged():
