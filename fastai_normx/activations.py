@@ -10,6 +10,7 @@ __all__ = ['ActivationWarning', 'ActivationLoggerWarning', 'ActivationLogger', '
 # %% ../nbs/04_activations.ipynb #0d83209e
 import re,sys,weakref
 from contextlib import suppress
+from datetime import timedelta
 from functools import partial,reduce
 from numbers import Integral
 from pathlib import Path
@@ -187,6 +188,7 @@ class ActivationLogger(Callback):
         self._start_over()
 
     def _start_over(self):
+        self._alone,self._met = False,0
         self._rec,self._fits,self._steps,self._logs,self._on,self._now,self._pending = None,-1,0,[],False,None,None
         self.reset()
 
@@ -327,7 +329,7 @@ def _unscaled(rec, n, s):
     v[n:,_var] /= s*s
     return (v,*rec[1:])
 
-# %% ../nbs/04_activations.ipynb #14542aac
+# %% ../nbs/04_activations.ipynb #9b833eed
 @patch
 def before_fit(self:ActivationLogger):
     if self.learn is None or self._on and self._in_fit: return
@@ -342,6 +344,8 @@ def before_fit(self:ActivationLogger):
     self._rec.look_at(self.learn.model)
     self._known = _ids(mods)
     self._on,self._fits,self._start,self._logs = True,self._fits+1,self._steps,self._find_logs()
+    self._alone = False
+    if self._together: self._meet()
 
 def _ids(mods):
     "What tells whether these modules are others; not the modules themselves, since `SyncBatchNorm` comes as a new one"
@@ -411,7 +415,7 @@ def _unseen(rec):
            'is the model traced or scripted, or does it use other modules? Choose with `layers`.')
     return f'None of the {len(rec.names)} layers was seen to run: {why}'
 
-# %% ../nbs/04_activations.ipynb #0e614f79
+# %% ../nbs/04_activations.ipynb #90baeeaf
 @patch(as_prop=True)
 def _running(self:ActivationLogger): "Is a fit or a validation of the learner underway?"; return _inside(self.learn, Learner._with_events)
 
@@ -436,7 +440,28 @@ def _distributed():
 @patch(as_prop=True)
 def _together(self:ActivationLogger):
     "Do all processes of `torch.distributed` go through this? A `validate` of its own may be one process's alone"
-    return _distributed() and self.learn is not None and not self.learn.lock.locked()
+    return _distributed() and not self._alone and self.learn is not None and not self.learn.lock.locked()
+
+_patience = timedelta(seconds=60)
+
+@patch
+def _meet(self:ActivationLogger):
+    "Find out whether every process has a logger, without a collective that one that has none would let wait"
+    try: store = torch.distributed.distributed_c10d._get_default_store()
+    except Exception: return    # MPI has none
+    self._met += 1
+    rank,n = torch.distributed.get_rank(),torch.distributed.get_world_size()
+    key = f'fastai_normx/{self.name}/{self._met}'
+    here = [f'{key}/{r}' for r in range(n)]
+    store.set(here[rank], '1')
+    try: store.wait(here if rank==0 else [f'{key}/all'], _patience*(1 if rank==0 else 1.5))
+    except RuntimeError: store.compare_set(f'{key}/all', '', 'no')    # who is first decides for all
+    else: store.compare_set(f'{key}/all', '', 'yes')
+    self._alone = store.get(f'{key}/all')!=b'yes'
+    if not self._alone: return
+    have = [r for r,o in enumerate(here) if store.check([o])]
+    if rank==have[0]: _warn(f'{len(have)} of {n} processes have an ActivationLogger (rank {", ".join(map(str, have))}): each records what it sees itself. '
+                            'To have the records of all processes merged, give each of them one.', ActivationLoggerWarning)
 
 def _all_ranks(split, o):
     "`(meta, record)` of all processes taken together; a process that has none hands in None"

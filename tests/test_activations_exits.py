@@ -11,6 +11,7 @@ from fastai.basics import (Callback, CancelBackwardException, CancelBatchExcepti
 from fastai.data.load import DataLoader
 from fastai.learner import load_learner
 from fastai_normx.activations import ActivationLogger, ActivationLoggerWarning
+from test_activations import in_two_processes
 
 pytestmark = pytest.mark.filterwarnings('error::fastai_normx.activations.ActivationLoggerWarning', 'error::fastai_normx.activations.ActivationWarning')
 
@@ -310,3 +311,39 @@ def test_torch_that_cannot_run_compiled_code_as_written(how, tmp_path, monkeypat
     other.model, alone = compiled(how)
     other.create_opt()
     assert fit(other) is None and ops(graphs) and ops(graphs) <= ops(alone)
+
+
+# ---- some processes only
+
+def _some(rank, who, counts=None):
+    "A fit of two processes that meet after it, of which `who` have a logger"
+    from datetime import timedelta
+    from fastai_normx import activations as A
+    A._patience = timedelta(seconds=2)
+    items = Items(zip(torch.randn(12, 3), [0, 1]*6))[:2*(counts or [6, 6])[rank]]
+    dls = DataLoaders(DataLoader(items, bs=2), DataLoader(items, bs=2))
+    learn = Learner(dls, nn.Linear(3, 2), loss_func=nn.CrossEntropyLoss())
+    learn.logger = lambda *a: None
+    al = ActivationLogger(sample=None)
+    if rank in who: learn.add_cb(al)
+    with warnings.catch_warnings(record=True) as ws, learn.no_bar():
+        warnings.simplefilter('always')
+        learn.fit(2)
+    torch.distributed.barrier()
+    said = [str(w.message) for w in ws if issubclass(w.category, ActivationLoggerWarning)]
+    return (said, al.to_df().query('split=="train"')['count'].tolist()) if rank in who else None
+
+
+def _first_only(rank): return _some(rank, [0])
+def _second_only(rank): return _some(rank, [1])
+def _uneven(rank): return _some(rank, [0, 1], [6, 4])
+
+
+@pytest.mark.parametrize('work,who', [(_first_only, 0), (_second_only, 1)])
+def test_a_logger_on_one_process_does_not_wait_for_the_others(work, who):
+    said, counts = in_two_processes(work)[who]
+    assert len(said) == 1 and said[0].startswith(f'1 of 2 processes have an ActivationLogger (rank {who})') and counts == [4]*12
+
+
+def test_processes_with_different_numbers_of_batches_do_not_wait_for_each_other():
+    for said, counts in in_two_processes(_uneven): assert not said and counts in ([8]*4+[4]*2+[8]*4+[4]*2, [8]*8)
