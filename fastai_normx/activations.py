@@ -6,7 +6,9 @@
 __all__ = ['ActivationWarning', 'ActivationLoggerWarning', 'ActivationLogger', 'ActivationRecorder']
 
 # %% ../nbs/04_activations.ipynb #0d83209e
-import re,sys
+import re,sys,weakref
+from contextlib import suppress
+from datetime import timedelta
 from functools import partial,reduce
 from numbers import Integral
 from pathlib import Path
@@ -15,10 +17,11 @@ import numpy as np
 import torch
 from fastcore.basics import PrettyString,patch
 from fastcore.foundation import L
-from fastai.callback.core import Callback,CancelBackwardException,CancelBatchException,CancelEpochException,CancelFitException,CancelStepException,CancelTrainException,CancelValidException
-from fastai.learner import Recorder
-from .expected import _warn
-from .recorder import ActivationRecorder,_bins,_bn_ref,_check_sample,_cols,_columns,_edges,_frame,_is_compiled,_max,_mean,_merge,_merge_hists,_min,_n,_select,_var
+from fastai.callback.core import Callback
+from fastai.learner import Learner
+from .warn import NormxWarning,warn_user
+from .recorder import (ActivationRecorder,_bins,_bn_ref,_check_sample,_cols,_columns,_edges,_frame,_is_compiled,_max,_mean,
+                                   _merge,_merge_hists,_min,_n,_select,_var)
 
 # %% ../nbs/04_activations.ipynb #86f3cb68
 _all_ = ['ActivationRecorder']
@@ -57,8 +60,18 @@ class _CSV(_Sink):
     "Rows appended to a file, which is complete after every batch"
     def __call__(self, df, names, rec, step):
         self.to.parent.mkdir(parents=True, exist_ok=True)
-        df.to_csv(self.to, mode='a' if self.n else 'w', header=not self.n, index=False)
+        rows = df.to_csv(header=not self.n, index=False, lineterminator='\n').encode()
+        with open(self.to, 'ab' if self.n else 'wb', buffering=0) as f: _all_or_nothing(f, rows)
         self.n += 1
+
+def _all_or_nothing(f, data):
+    "Append `data` to the unbuffered file `f`; where that fails, as on a full disk, the file is as long as before"
+    start,data = f.seek(0, 2),memoryview(data)
+    try:
+        while len(data): data = data[f.write(data):]
+    except BaseException:
+        f.truncate(start)
+        raise
 
 class _Parquet(_Sink):
     "A folder of Parquet files, each complete when it appears: `pandas.read_parquet(folder)` reads them as one table"
@@ -66,12 +79,16 @@ class _Parquet(_Sink):
         super().__init__(to)
         self.dfs = []
         self._others()
+
     def _others(self):
-        if self.to.is_dir() and (more := [o.name for o in self.to.iterdir() if not re.fullmatch(r'_?part-\d{5}(\.parquet)?', o.name)]): raise ValueError(
-            f'`to`: the folder {self.to} holds other files ({_first_of(more, 3)}), which would be read as part of the log: name a folder of its own.')
+        more = [o.name for o in self.to.iterdir() if not re.fullmatch(r'_?part-\d{5}(\.parquet)?', o.name)] if self.to.is_dir() else []
+        if more: raise ValueError(f'`to`: the folder {self.to} holds other files ({_first_of(more, 3)}), '
+                                  'which would be read as part of the log: name a folder of its own.')
+
     def __call__(self, df, names, rec, step):
         self.dfs.append(df)
         if len(self.dfs)>=64: self.flush()
+
     def flush(self):
         if not self.dfs: return
         import pandas as pd
@@ -83,6 +100,11 @@ class _Parquet(_Sink):
         pd.concat(dfs).to_parquet(tmp, index=False)
         tmp.rename(self.to/f'part-{self.n:05}.parquet')
         self.n += 1
+
+def _flush(sinks):
+    "Write what `sinks` still hold: their logger is let go of, or Python ends"
+    for o in sinks:
+        with suppress(Exception): o.flush()
 
 # %% ../nbs/04_activations.ipynb #c25c0363
 def _points(df):
@@ -132,13 +154,13 @@ def _sinks(to):
     raise ValueError(f'`to` takes a path that ends in .csv or .parquet, a TensorBoard `SummaryWriter`, a W&B run, a function of a DataFrame, or a list of these; received {to!r}.')
 
 # %% ../nbs/04_activations.ipynb #be7d4bf7
-class ActivationWarning(UserWarning): "A layer's activations need a look"
-class ActivationLoggerWarning(UserWarning): "Something was not recorded or not written, and why"
+class ActivationWarning(NormxWarning): "A layer's activations need a look"
+class ActivationLoggerWarning(NormxWarning): "Something was not recorded or not written, and why"
 
 # %% ../nbs/04_activations.ipynb #238c0a49
 class ActivationLogger(Callback):
     "Record statistics of every layer's output while training: read them with `learn.activation_logger`"
-    order = Recorder.order+5 # after the callbacks of TensorBoard and W&B have opened their logs
+    order = 1_000_000 # after the callbacks that open logs, wrap the model or change the batch: see `before_batch`
     def __init__(self,
         layers=None, # Names, patterns such as `'0.*.conv?'`, types, modules, or `f(name, module)->bool`; None: the innermost modules with parameters
         every:int=1, # Record one batch in `every`
@@ -153,152 +175,150 @@ class ActivationLogger(Callback):
         modules=None # fastai's name for `layers`
     ):
         if every is None: every = 1
-        if not isinstance(every, Integral) or every<1: raise ValueError(f'`every` is a number of batches, 1 or more; received {every!r}.')
-        if keep is not None and not (isinstance(keep, Integral) and keep>=2): raise ValueError(f'`keep` is a number of records, 2 or more, or None for all; received {keep!r}.')
-        self.layers,self.every,self.valid,self.hists = modules if layers is None else layers,every,valid,hist if with_hist is None else with_hist
-        self.sample,self.to,self.alerts,self.grads,self.keep,self._outs = _check_sample(sample),to,alerts,grads,keep,_sinks(to)
+        if not isinstance(every, Integral) or every<1:
+            raise ValueError(f'`every` is a number of batches, 1 or more; received {every!r}.')
+        if keep is not None and not (isinstance(keep, Integral) and keep>=2):
+            raise ValueError(f'`keep` is a number of records, 2 or more, or None for all; received {keep!r}.')
+        self.layers,self.hists = modules if layers is None else layers,hist if with_hist is None else with_hist
+        self.every,self.valid,self.sample,self.to,self.alerts,self.grads,self.keep = every,valid,_check_sample(sample),to,alerts,grads,keep
+        self._outs = _sinks(to)
+        weakref.finalize(self, _flush, self._outs)
         self._start_over()
 
     def _start_over(self):
-        self._rec,self._fits,self._steps,self._logs = None,-1,0,[]
+        self._alone,self._met = False,0
+        self._rec,self._fits,self._steps,self._logs,self._on,self._now,self._pending = None,-1,0,[],False,None,None
         self.reset()
 
     def reset(self):
         "Forget all records; the next `fit` starts anew. What was written to `to` stays there, and steps count on"
-        if self._rec is not None: self._rec.free()
-        self._rec = self._guarded = self._now = self._first = self._left = self._pending = self._got = None
-        self._open,self._nested = (),False
-        self._whole,self._blind,self._scale,self._step0 = False,False,1.,self._steps
-        if not self._outs: self._fits,self._steps,self._step0 = -1,0,0
-        self._hist,self.found,self._said,self._runs = {o:_History(self.keep or 10**9) for o in ('train','valid')},L(),set(),{}
+        if self._on: self._close(failed=True)
+        self._rec = self._left = self._known = None
+        if not self._outs: self._fits,self._steps = -1,0
+        self._start = self._steps
+        self._blind,self._said,self.found,self._alerts = False,set(),L(),_Alerts()
+        self._hist = {o:_History(self.keep or 10**9) for o in ('train','valid')}
         return self
 
     def __getstate__(self):
         "Settings only: a copy or an exported learner carries no records, and does not write where the original does"
-        return {k:v for k,v in vars(self).items() if k in 'learn layers every valid hists sample alerts grads keep'.split()} | dict(to=False if self.to is False else None)
+        settings = 'learn layers every valid hists sample alerts grads keep'.split()
+        return {k:v for k,v in vars(self).items() if k in settings} | dict(to=False if self.to is False else None)
 
     def __setstate__(self, d):
         vars(self).update(d, _outs=[])
         self._start_over()
 
 # %% ../nbs/04_activations.ipynb #187ac64e
-_cancel = CancelFitException,CancelEpochException,CancelTrainException,CancelValidException,CancelBatchException,CancelBackwardException,CancelStepException
+_place = '_compiled_call_impl'    # where `nn.Module.__call__` looks first, and `nn.Module.__getstate__` does not
+
+class _Batch:
+    "A batch to record: stands in for the next call of `model`, and steps aside before it makes that call"
+    ran = False    # to the end of the call?
+    def __init__(self, logger, model, meta, scale):
+        self.logger,self.model,self.meta,self.scale = weakref.ref(logger),model,meta,scale
+        self.was = vars(model).get(_place)
+        vars(model)[_place] = self
+
+    def step_aside(self):
+        if vars(self.model).get(_place) is not self: return
+        if self.was is None: del vars(self.model)[_place]
+        else: vars(self.model)[_place] = self.was
+
+    def __call__(self, *args, **kwargs):
+        self.step_aside()
+        call = partial(self.was or self.model._call_impl, *args, **kwargs)
+        logger = self.logger()
+        return logger._watch(call) if logger is not None and logger._now is self and logger._running else call()
+
+    def __reduce__(self): return type(None),()    # there is nothing of it in a copy of the model
 
 @patch
-def before_fit(self:ActivationLogger):
-    if self._open: self._nested = True; return    # `validate` or `get_preds`, called by a callback
-    self.after_fit()
-    if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'): return
-    mods = _select(self.model, self.layers)
-    if self._rec is None or _ids(mods)!=_ids(self._rec.layers):
-        if self._rec is not None: self.reset()
-        self._rec = ActivationRecorder(self.model, self.layers, self.hists, self.sample, self.grads)
-    elif self._left and not all(map(np.array_equal, now := [_bn_ref(m) for m in mods.values()], self._left)): self._rec.refs = now    # other weights
-    self._rec.model,self._rec.layers,self._fits,self._step0 = self.model,mods,self._fits+1,self._steps
-    self._logs = self._find_logs()
-    self._guarded = self.learn._with_events = partial(self._guard, self.learn._with_events)
+def before_batch(self:ActivationLogger):
+    if not self._on or self.learn is None or hasattr(self.learn, 'gather_preds'): return
+    if self._now is not None and self._aside: return    # a validation within a batch that waits for its gradients
+    self._finish(failed=True)    # a batch whose call never came
+    i = self.train_iter if self.training else self.iter
+    step = self._start+self.train_iter if self.training else self._steps
+    if self.training: self._steps = step+1
+    if i%self.every or not (self.training or self.valid): return
+    meta = dict(split='train' if self.training else 'valid', fit=self._fits, epoch=self.epoch, batch=self.iter, step=step, batches=1)
+    self._now = _Batch(self, self.learn.model, meta, _loss_scale(self.learn) if self.grads else 1.)
 
-def _ids(mods): return [(n,[*map(id, m.parameters(recurse=False))] or id(m)) for n,m in mods.items()]    # parameters, since `SyncBatchNorm` comes as a new module
-
-@patch
-def after_fit(self:ActivationLogger):
-    "Leave nothing behind"
-    if self._open: self._nested = False; return
-    if self._guarded is not None: self._left = [_bn_ref(m) for m in self._rec.layers.values()]
-    self._let_go(self.learn)
-    for o in self._outs: self._try(o, o.flush)
-
-def _peel(learn):
-    "Take away what loggers that are done have put around `learn._with_events`"
-    attrs = getattr(learn, '__dict__', {})
-    while isinstance(f := attrs.get('_with_events'), partial) and isinstance(o := getattr(f.func, '__self__', None), ActivationLogger) and o._guarded is not f:
-        if getattr(f.args[0], '__func__', None) is type(learn)._with_events: del attrs['_with_events']
-        else: attrs['_with_events'] = f.args[0]
-
-def _learner(f): return _learner(f.args[0]) if isinstance(f, partial) else getattr(f, '__self__', None)
+def _loss_scale(learn):
+    "By what mixed precision multiplies the loss"
+    return next((o.get_scale() for cb in learn.cbs if hasattr(o := vars(cb).get('scaler'), 'get_scale')), 1.)
 
 @patch
-def _guard(self:ActivationLogger, inner, f, event_type, ex, final=lambda: None):
-    "`Learner._with_events`, and what has to be done however it ends"
-    if self.learn is None: self._let_go(_learner(inner))    # taken off the learner before it could clean up
-    if self._guarded is None or event_type not in ('epoch','train','validate','batch'): return inner(f, event_type, ex, final)
-    was,failed,mine = self._open,True,self._now is None
-    self._open = was + (event_type,)
-    try: inner(f, event_type, ex, final); failed = False
-    except _cancel: failed = False; raise
-    finally:
-        self._open = was
-        if self._guarded is None or self.learn is None: self._let_go(_learner(inner))    # reset, or taken off, meanwhile
-        elif event_type=='batch': mine and self._finish(failed)
-        else: self._end(event_type, failed)
-
-@patch
-def _let_go(self:ActivationLogger, learn):
-    self._guarded = self._now = None
-    _peel(learn)
-    if self._rec is not None: self._rec.free()
-
-@patch
-def _end(self:ActivationLogger, event_type, failed):
-    "After an epoch or one of its halves"
-    if event_type=='validate' and self.valid and self._together and not failed: self._keep(*_all_ranks(self._pending))
-    if event_type=='validate': self._pending = None
-    if event_type=='epoch':
-        self._steps = self._step0+self.learn.train_iter
-        self._rec.free()
-    for o in self._logs: o.pour(self._write)
-    for o in (*self._outs,*self._logs): self._try(o, o.flush)
-    if self._blind and not self._open and not self._rec.calls.any(): self._once('blind', f'None of the {len(self._rec.names)} layers was seen to run'
-        + (': this torch cannot run a compiled model with hooks. Compile after training, or update torch.' if _is_compiled(self.model) else ': is the model traced or scripted, or does it use other modules? Choose with `layers`.'))
-    if failed and not self._open: self.after_fit()
+def _watch(self:ActivationLogger, call):
+    "Call the model, and see what its layers put out"
+    rec,model = self._rec,self._now.model
+    try:
+        if rec.model is not model: rec.look_at(model)    # for validation an average of the weights, say
+        rec.start()
+        out = call()
+    except BaseException:
+        with suppress(Warning): self._finish(failed=True)    # an alert that is an error does not hide the one that is raised
+        if self._rec is not None: self._rec.free()
+        raise
+    self._rec.stop()
+    self._now.ran = True
+    if self._rec.ready and not (self._together or self.grads and self.training): self._finish()
+    return out
 
 # %% ../nbs/04_activations.ipynb #bcf34db1
 @patch
-def before_batch(self:ActivationLogger):
-    if self._guarded is None or self._now is not None or not self._open or hasattr(self.learn, 'gather_preds'): return
-    i = self.train_iter if self.training else self.iter
-    if i%self.every or not (self.training or self.valid): return
-    self._now = dict(split='train' if self.training else 'valid', fit=self._fits, epoch=self.epoch, batch=self.iter, step=self._step0+self.train_iter, batches=1)
-    if self.grads: self._scale = next((o.get_scale() for cb in self.learn.cbs if hasattr(o := vars(cb).get('scaler'), 'get_scale')), 1.)
-    self._rec.start()
+def after_backward(self:ActivationLogger):
+    if self._rec is not None and self._rec.ready and not self._together: self._finish()    # not after the step, when malloc gives what is freed back
 
 @patch
-def after_pred(self:ActivationLogger):
-    if self._now is None: return
+def after_batch(self:ActivationLogger): self._finish()
+
+@patch
+def _finish(self:ActivationLogger, failed=False):
+    "Make a record of the batch that is underway, if there is one; of what was seen so far if it `failed`"
+    batch,self._now = self._now,None
+    if batch is None: return
+    batch.step_aside()
     self._rec.stop()
-    self._whole = True
-    if self._rec._ready: self._got = self._collect()    # after the step malloc would give what it freed back to the system, and the next step be slow
+    rec = self._collect()
+    if rec is None: self._blind |= batch.ran
+    elif batch.scale!=1: rec = _unscaled(rec, len(self._rec.names), batch.scale)
+    if not self._together or failed: self._keep(batch.meta, rec)
+    elif batch.meta['split']=='train': self._keep(*_all_ranks('train', (batch.meta,rec)))
+    elif rec is not None: self._pending = _both(self._pending, (batch.meta,rec)) if self._pending else (batch.meta,rec)
 
 @patch
 def _collect(self:ActivationLogger):
-    try: return self._rec.collect()
+    try: rec = self._rec.collect()
     except Exception as e:
         self._rec.free()
-        self._once('collect', f'A batch was not recorded: {type(e).__name__}: {e}')
+        return self._once('collect', f'A batch was not recorded: {type(e).__name__}: {e}')
+    for key,msg in _not_recorded(self._rec): self._once(key, msg)
+    return rec
+
+def _not_recorded(rec):
+    "`(cause, sentence)` of all that `rec` could not record"
+    def layers(rows): return f"{'Layer' if len(rows)==1 else f'{len(rows)} layers:'} {rec.few(rows)}"
+    failed = {}
+    for i,e in rec.problems.items(): failed.setdefault(f'{type(e).__name__}: {e}', []).append(i)
+    for e,rows in failed.items(): yield e,f"{layers(rows)} {'is' if len(rows)==1 else 'are'} not recorded: {e}"
+    for why,rows in rec.unread.items():
+        if why!='whole numbers': yield why,f"{layers(rows)} {'is' if len(rows)==1 else 'are'} not recorded: the output is {why}."
+    for why,rows in rec.ungraded.items(): yield why,f'Gradients of {rec.few(rows)} are not recorded: {why}.'
+    if rec.missing or rec.strange: yield 'other layers',(
+        f'The model has changed within the fit: {_first_of([*rec.missing,*rec.strange], 5)} '
+        'are in one of its forms only, and not recorded in the other. Layers of the same name are.')
 
 @patch
-def _finish(self:ActivationLogger, failed):
-    "Make a record of the batch that just ended"
-    now,whole,rec,self._now,self._whole,self._got = self._now,self._whole,self._got,None,False,None
-    if now is None: return
-    self._rec.stop()
-    if rec is None: rec = self._collect()
-    for i,e in self._rec.problems.items(): self._once(i, f'Layer {self._rec.names[i]} is not recorded: {type(e).__name__}: {e}')
-    if rec is None: self._blind |= whole
-    elif self._scale!=1: rec = _unscaled(rec, len(self._rec.names), self._scale)
-    if not self._together or failed: self._keep(now, rec)
-    elif now['split']=='train': self._keep(*_all_ranks((now,rec)))
-    elif rec is not None: self._pending = (now,rec) if self._pending is None else _both(self._pending, (now,rec))
-
-@patch
-def _keep(self:ActivationLogger, now, rec):
+def _keep(self:ActivationLogger, meta, rec):
     if rec is None: return
-    self._hist[now['split']].add(now, rec)
+    self._hist[meta['split']].add(meta, rec)
     if not _rank():
         for o in self._outs:
-            if all(o.to is not l.to.to for l in self._logs): self._write(o, now, rec)
-        for o in self._logs: o.add(now, rec, self._write)
-    if self.alerts: self._alert(now, rec)
+            if all(o.to is not l.to.to for l in self._logs): self._write(o, meta, rec)
+        for o in self._logs: o.add(meta, rec, self._write)
+    if self.alerts: self._alert(meta, rec)
 
 def _unscaled(rec, n, s):
     "`rec` with the gradients as they are without the loss scale `s` of mixed precision"
@@ -307,24 +327,154 @@ def _unscaled(rec, n, s):
     v[n:,_var] /= s*s
     return (v,*rec[1:])
 
-# %% ../nbs/04_activations.ipynb #1ec79b9b
-def _distributed(): return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size()>1
+# %% ../nbs/04_activations.ipynb #9b833eed
+@patch
+def before_fit(self:ActivationLogger):
+    if self.learn is None or self._on and self._in_fit: return
+    self._close(failed=True)
+    if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'): return
+    mods = _select(self.learn.model, self.layers)
+    if self._rec is None or _ids(mods)!=self._known:
+        if self._rec is not None: self.reset()
+        self._rec = ActivationRecorder(self.learn.model, self.layers, self.hists, self.sample, self.grads)
+    elif self._left and not all(map(np.array_equal, now := [_bn_ref(m) for m in mods.values()], self._left)):
+        self._rec.refs = now    # other weights
+    self._rec.look_at(self.learn.model)
+    self._known = _ids(mods)
+    self._on,self._fits,self._start,self._logs = True,self._fits+1,self._steps,self._find_logs()
+    self._alone = False
+    if self._together: self._meet()
+
+def _ids(mods):
+    "What tells whether these modules are others; not the modules themselves, since `SyncBatchNorm` comes as a new one"
+    return [(n,[*map(id, m.parameters(recurse=False))] or id(m)) for n,m in mods.items()]
+
+@patch
+def before_epoch(self:ActivationLogger):
+    if not self._aside: self._pending = ()    # the records of its validation, to be merged over processes
+
+@patch
+def after_train(self:ActivationLogger): self._end()
+
+@patch
+def after_validate(self:ActivationLogger): self._end(valid=True)
+
+@patch
+def after_epoch(self:ActivationLogger):
+    self._end(valid=True)
+    if not self._on or self._aside: return
+    if self._blind and not self._rec.calls.any(): self._once('blind', _unseen(self._rec))
+    self._rec.free()
+
+@patch
+def after_fit(self:ActivationLogger):
+    if not self._on or self.learn is None or self._in_fit: return
+    self._end(valid=True)
+    if self._rec is not None: self._leave(_select(self.learn.model, self.layers))
+    self._close()
+
+@patch
+def _leave(self:ActivationLogger, mods):
+    "Note what this fit ends with, to see whether the next one goes on from there"
+    self._known,self._left = _ids(mods),[_bn_ref(m) for m in mods.values()]
+
+@patch
+def _end(self:ActivationLogger, valid=False):
+    "Write what is there: an epoch or one of its halves is over, or the fit; with `valid` merge what validation gave"
+    if not self._on or self.learn is None: return
+    self._finish()
+    if valid and self._together and self._pending is not None:
+        pending,self._pending = self._pending,None
+        self._keep(*_all_ranks('valid', pending or (None,None)))
+    self._pour()
+
+@patch
+def _pour(self:ActivationLogger):
+    for o in self._logs: o.pour(self._write)
+    for o in (*self._outs,*self._logs): self._try(o, o.flush)
+
+@patch
+def _close(self:ActivationLogger, failed=False):
+    "The end of a fit: keep nothing but what was logged"
+    try:
+        if self._on: self._finish(failed)
+    finally:
+        if self._on: self._pour()
+        self._on = False
+        if self._rec is not None: self._rec.free()
+
+@patch
+def _settle(self:ActivationLogger):
+    "Close a fit that ended without a word"
+    if self._on and not self._running: self._close(failed=True)
+
+def _unseen(rec):
+    why = ('it is compiled, and to run it as it was written takes torch 2.6. Update torch, or compile after training.' if _is_compiled(rec.model) else
+           'is the model traced or scripted, or does it use other modules? Choose with `layers`.')
+    return f'None of the {len(rec.names)} layers was seen to run: {why}'
+
+# %% ../nbs/04_activations.ipynb #90baeeaf
+@patch(as_prop=True)
+def _running(self:ActivationLogger): "Is a fit or a validation of the learner underway?"; return _inside(self.learn, Learner._with_events)
 
 @patch(as_prop=True)
-def _together(self:ActivationLogger): "Do all processes of `torch.distributed` go through this?"; return _distributed() and not self._nested and 'epoch' in self._open
+def _in_fit(self:ActivationLogger): "Is the loop of a fit?"; return _inside(self.learn, Learner._do_fit)
 
-def _all_ranks(o):
+@patch(as_prop=True)
+def _aside(self:ActivationLogger): "Is this a `validate` or `get_preds` in a fit?"; return self.learn is not None and self.learn.lock.locked() and self._in_fit
+
+def _inside(o, method):
+    "Is `method` of the object `o` running further up?"
+    f = sys._getframe(1)
+    while f is not None:
+        if f.f_code is method.__code__ and f.f_locals.get('self') is o: return True
+        f = f.f_back
+    return False
+
+# %% ../nbs/04_activations.ipynb #1ec79b9b
+def _distributed():
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size()>1
+
+@patch(as_prop=True)
+def _together(self:ActivationLogger):
+    "Do all processes of `torch.distributed` go through this? A `validate` of its own may be one process's alone"
+    return _distributed() and not self._alone and self.learn is not None and not self.learn.lock.locked()
+
+_patience = timedelta(seconds=60)
+
+@patch
+def _meet(self:ActivationLogger):
+    "Find out whether every process has a logger, without a collective that one that has none would let wait"
+    try: store = torch.distributed.distributed_c10d._get_default_store()
+    except Exception: return    # MPI has none
+    self._met += 1
+    rank,n = torch.distributed.get_rank(),torch.distributed.get_world_size()
+    key = f'fastai_normx/{self.name}/{self._met}'
+    here = [f'{key}/{r}' for r in range(n)]
+    store.set(here[rank], '1')
+    try: store.wait(here if rank==0 else [f'{key}/all'], _patience*(1 if rank==0 else 1.5))
+    except RuntimeError: store.compare_set(f'{key}/all', '', 'no')    # who is first decides for all
+    else: store.compare_set(f'{key}/all', '', 'yes')
+    self._alone = store.get(f'{key}/all')!=b'yes'
+    if not self._alone: return
+    have = [r for r,o in enumerate(here) if store.check([o])]
+    if rank==have[0]: warn_user(f'{len(have)} of {n} processes have an ActivationLogger (rank {", ".join(map(str, have))}): each records what it sees itself. '
+                            'To have the records of all processes merged, give each of them one.', ActivationLoggerWarning)
+
+def _all_ranks(split, o):
     "`(meta, record)` of all processes taken together; a process that has none hands in None"
     parts = [None]*torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, o)
-    parts = [p for p in parts if p is not None and p[1] is not None]
-    return (parts[0][0],reduce(_merge, [p[1] for p in parts])) if parts else (None,None)
+    while True:
+        torch.distributed.all_gather_object(parts, (split,*o))
+        if split=='train' or all(p[0]==split for p in parts): break    # else some have more training batches, and are waited for
+    parts = [p[1:] for p in parts if p[0]==split and p[2] is not None]
+    return (parts[0][0],reduce(_merge, [rec for _,rec in parts])) if parts else (None,None)
 
-def _rank(): return torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
+def _rank(): return torch.distributed.get_rank() if _distributed() else 0
 
 @patch
 def _once(self:ActivationLogger, key, msg):
-    if key not in self._said and not _rank(): self._said.add(key); _warn(msg, ActivationLoggerWarning)
+    if key not in self._said and not _rank(): self._said.add(key); warn_user(msg, ActivationLoggerWarning)
 
 @patch
 def _try(self:ActivationLogger, o, f):
@@ -333,7 +483,8 @@ def _try(self:ActivationLogger, o, f):
     key = type(to) if self._found(to) else id(o)
     if key in self._said: return
     try: f()
-    except Exception as e: self._once(key, f'Writing to {type(to).__name__[1:]} failed and is given up; training goes on, and `to_df` has the records. {type(e).__name__}: {e}')
+    except Exception as e: self._once(key, f'Writing to {type(to).__name__[1:]} failed and is given up; training goes on, '
+                                           f'and `to_df` has the records. {type(e).__name__}: {e}')
 
 @patch
 def _found(self:ActivationLogger, o): return any(l.to is o for l in self._logs)
@@ -354,36 +505,57 @@ def _find_logs(self:ActivationLogger):
     return res
 
 # %% ../nbs/04_activations.ipynb #5e56edd5
-_alerts = dict(
-    nonfinite=('{v:.2%} of its values are NaN or infinite', 'Look at the first layer named and at its input; a lower learning rate, or float32 for it, are the usual remedies.'),
-    exploding=('its values have grown to {v:.3g} (root mean square)', 'Usual remedies: a lower learning rate, gradient clipping, a normalization layer, another initialization.'),
-    vanishing=('its values have shrunk to {v:.3g} (root mean square)', 'Usual remedies: another initialization, a normalization layer, less weight decay.'),
-    dead=('{v:.0%} of its channels give the same value everywhere', 'Usual remedies: a lower learning rate, a smaller bias, an activation function that is not flat on one side.'))
+_causes = dict(
+    nonfinite=('{v:.2%} of its values are NaN or infinite',
+               'Look at the first layer named and at its input; a lower learning rate, or float32 for it, are the usual remedies.'),
+    exploding=('its values {are} {v:.3g} (root mean square)',
+               'Usual remedies: a lower learning rate, gradient clipping, a normalization layer, another initialization.'),
+    vanishing=('its values {are} {v:.3g} (root mean square)',
+               'Usual remedies: another initialization, a normalization layer, less weight decay.'),
+    dead=('{v:.0%} of its channels give the same value everywhere',
+          'Usual remedies: a lower learning rate, a smaller bias, an activation function that is not flat on one side.'))
+
+class _Alerts:
+    "What is wrong in a record, and has not been said of that layer"
+    def __init__(self): self.first,self.runs,self.said = None,{},set()
+
+    def hits(self, v, constant):
+        "`{cause: (layers hit, how much)}` of the values `v` of layers in a training record; `constant` are rows whose input does not vary"
+        c = _columns(v)
+        rms = np.hypot(c['mean'], c['std'])
+        f = self.first = rms if self.first is None else np.where(np.isnan(self.first), rms, self.first)
+        same,varies = c['min']==c['max'],~np.isin(np.arange(len(v)), constant)
+        return dict(
+            nonfinite=(c['nonfinite']>0,c['nonfinite']),
+            exploding=((rms>1e4) | (rms>100*f) & (rms>100),rms),
+            vanishing=((rms>0) & ((rms<1e-3) & (rms<f/100) | (rms<1e-6) & (rms<f/10)),rms),
+            dead=(((c['dead']>=.5) | same & (v[:,_n]>=256)) & varies,np.fmax(c['dead'], same)))
+
+    def new(self, v, train, constant):
+        "`(cause, rows, how much)` of what is new"
+        for cause,(hit,much) in self.hits(v, constant).items() if train else [('nonfinite',[_columns(v)['nonfinite']]*2)]:
+            run = self.runs[cause] = (self.runs.get(cause, 0)+1)*(hit>0)    # records in a row
+            least = 5 if cause in ('vanishing','dead') else 1
+            rows = [i for i in np.flatnonzero(run>=least) if (cause,i) not in self.said]
+            self.said.update((cause,i) for i in rows)
+            if rows: yield cause,rows,much[rows]
+
+    def how(self, row, v):
+        "How the root mean square `v` came about: only what has changed is said to have"
+        f = v if self.first is None else self.first[row]
+        return 'have grown to' if v>2*f else 'have shrunk to' if v<f/2 else 'are'
 
 @patch
-def _alert(self:ActivationLogger, now, rec):
-    "Warn of what is wrong in this record and has not been said of that layer"
-    n = len(self._rec.names)
-    c = _columns(rec[0][:n])
-    rms = np.hypot(c['mean'], c['std'])
-    hits = dict(nonfinite=(c['nonfinite']>0,c['nonfinite']))
-    if now['split']=='train':
-        f = self._first = rms if self._first is None else np.where(np.isnan(self._first), rms, self._first)
-        hits['exploding'] = (rms>1e4) | (rms>100*f) & (rms>100),rms
-        hits['vanishing'] = (rms>0) & ((rms<1e-6) | (rms<f/100) & (rms<1e-3)),rms
-        hits['dead'] = (c['dead']>=.5) | (same := c['min']==c['max']) & (rec[0][:n,_n]>=256),np.fmax(c['dead'], same)
-    for cause,(hit,v) in hits.items():
-        run = self._runs[cause] = (self._runs.get(cause, 0)+1)*hit    # records in a row
-        new = [i for i in np.flatnonzero(run>=(5 if cause in ('vanishing','dead') else 1)) if (cause,i) not in self._said]
-        if new: self._warn_of(cause, new, now, v)
-
-@patch
-def _warn_of(self:ActivationLogger, cause, rows, now, v):
-    self._said.update((cause,i) for i in rows)
-    names,(text,advice) = [self._title(i) for i in rows],_alerts[cause]
-    self.found += [dict(cause=cause, layer=self._rec.names[i], value=float(v[i]), **now) for i in rows]
-    more = f" So for {len(names)-1} more: {_first_of(names[1:], 5)}." if len(names)>1 else ''
-    if not _rank(): _warn(f"{cause.capitalize()} activations in {names[0]}: {text.format(v=v[rows[0]])} ({now['split']}, epoch {now['epoch']}, batch {now['batch']}).{more} {advice}", ActivationWarning)
+def _alert(self:ActivationLogger, meta, rec):
+    "Warn of what is wrong in this record"
+    constant = [i for i,o in self._rec.constant.items() if o]
+    for cause,rows,much in [*self._alerts.new(rec[0][:len(self._rec.names)], meta['split']=='train', constant)]:
+        self.found += [dict(cause=cause, layer=self._rec.names[i], value=float(v), **meta) for i,v in zip(rows, much)]
+        names,(text,advice) = [self._title(i) for i in rows],_causes[cause]
+        text = text.format(v=much[0], are=self._alerts.how(rows[0], much[0]))
+        more = f' So for {len(names)-1} more: {_first_of(names[1:], 5)}.' if len(names)>1 else ''
+        where = f"{meta['split']}, epoch {meta['epoch']}, batch {meta['batch']}"
+        if not _rank(): warn_user(f'{cause.capitalize()} activations in {names[0]}: {text} ({where}).{more} {advice}', ActivationWarning)
 
 @patch
 def _title(self:ActivationLogger, i): return f'{self._rec.names[i]} ({type(self._rec.layers[self._rec.names[i]]).__name__})'
@@ -392,8 +564,15 @@ def _first_of(names, n): return ', '.join(names[:n]) + ', ...'*(len(names)>n)
 # %% ../nbs/04_activations.ipynb #81f219cb
 @patch
 def _names(self:ActivationLogger):
-    if self._rec is None or not any(map(len, self._hist.values())): raise ValueError('Nothing is recorded yet: call `learn.fit` first, with the callback on the learner.')
+    self._settle()
+    if self._rec is None: raise ValueError('Nothing is recorded yet: call `learn.fit` first, with the callback on the learner.')
+    if not any(map(len, self._hist.values())): raise ValueError(f'Nothing is recorded: {self._why_nothing()}')
     return self._rec.names
+
+@patch
+def _why_nothing(self:ActivationLogger):
+    if why := self._rec._why_nothing(): return why
+    return _unseen(self._rec) if self._blind else 'no fit has come to the end of a batch that is recorded.'
 
 @patch
 def _index(self:ActivationLogger, i):
@@ -440,6 +619,8 @@ def layer_stats(self:ActivationLogger,
     i,c = self._index(i),self._values(split)[0]
     return L(L(c[k][:,i].tolist()) for k in ('mean','std','near_zero'))
 
+_elsewhere = 'unused, called by the loss, or its weights are used by another module, whose name `layers` takes'
+
 @patch
 def hist_data(self:ActivationLogger,
     i, # Number or name of the layer
@@ -449,7 +630,8 @@ def hist_data(self:ActivationLogger,
     i,h = self._index(i),self._history(split).recs
     if not self.hists or not h: raise ValueError(f'No histograms are recorded ({split}): use `ActivationLogger(hist=True)`' + (' and `valid=True`.' if split=='valid' else '.'))
     hs = [(r[1][i:i+1].astype(np.int64),r[2][i:i+1]) for r in h]
-    if not any(c.any() for c,_ in hs): raise ValueError(f'{self._title(i)} has no finite values ({split})' + (', since it never ran: its weights may be used by another module, whose name `layers` takes.' if not self._rec.calls[i] else '.'))
+    if not any(c.any() for c,_ in hs): raise ValueError(f'{self._title(i)} has no finite values ({split})' +
+        (f', since the model never called it: {_elsewhere}.' if not self._rec.calls[i] else '.'))
     total,at = reduce(lambda a,b: _merge_hists(*a, *b), hs)
     one = (total>0).astype(np.int64)
     return np.stack([(_merge_hists(*o, one, at)[0]-one)[0] for o in hs], 1),_edges(at[0])
@@ -476,7 +658,8 @@ def summary(self:ActivationLogger,
     batches = [sum(m['batches'] for m in h[k].meta) for k in ('train','valid')]
     res = [f"ActivationLogger: {N} layers, {batches[0]} training and {batches[1]} validation batches, " + ('every value' if self.sample is None else f'{self.sample} values of each layer and batch')]
     res += [f"{k}: {_first_of([a['layer'] for a in v], 6)}, first at {v[0]['split']} epoch {v[0]['epoch']} batch {v[0]['batch']}" for k,v in self.found.groupby(lambda a: a['cause']).items()] or ['No alerts']*bool(self.alerts)
-    if idle := [o for o,k in zip(names, self._rec.calls) if not k]: res.append(f'Never ran: {_first_of(idle, 8)} (their weights may be used by other modules, which `layers` can name)')
+    if idle := [o for o,k in zip(names, self._rec.calls) if not k]: res.append(f'Never called by the model: {_first_of(idle, 8)} ({_elsewhere})')
+    res += [f'Not recorded: {self._rec.few(rows, 8)} (the output is {why})' for why,rows in self._rec.unread.items()]
     df = pd.DataFrame({'layer':names, 'type':[type(m).__name__[:16] for m in self._rec.layers.values()], 'std':c['std'], 'at start':c0['std'], 'mean':c['mean'],
         'near 0':c['near_zero'], 'dead':c['dead'], 'nonfinite':c['nonfinite'], 'BN dist':c['bn_dist']})
     with np.errstate(all='ignore'): score = np.nan_to_num(np.abs(np.log(c['std']/c0['std'])), posinf=9) + np.nan_to_num(c['bn_dist']) + 1e6*np.isin(names, list(self.found.itemgot('layer')))

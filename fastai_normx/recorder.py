@@ -6,15 +6,15 @@
 __all__ = ['ActivationRecorder']
 
 # %% ../nbs/04a_recorder.ipynb #3aebfde5
-import threading,weakref
+import sys,threading,weakref
 from collections import Counter,namedtuple
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack,nullcontext
 from dataclasses import fields,is_dataclass
 from fnmatch import fnmatchcase
-from functools import partial
 from math import gcd,isfinite,prod
 from numbers import Integral
+from types import FunctionType
 
 import numpy as np
 import torch
@@ -146,7 +146,7 @@ def _join(n, m, sq):
     return N,mean,(sq+n*(m-mean[:,None])**2).sum((0,2))
 
 # %% ../nbs/04a_recorder.ipynb #7daa628e
-_Plan = namedtuple('_Plan', 'n k idx C K chans span')
+_Plan = namedtuple('_Plan', 'n k idx C K chans span axis')
 
 class _Buffer:
     "Samples of tensors on one device and of one precision, a row each, and what was computed from them; histograms of the first `hist` layers"
@@ -200,65 +200,125 @@ class _Buffer:
 
 # %% ../nbs/04a_recorder.ipynb #37587d96
 def _unwrap(model):
-    "The model inside `torch.compile`, `DataParallel` and `DistributedDataParallel`"
-    inner = model.module if isinstance(model, (nn.DataParallel,nn.parallel.DistributedDataParallel)) else getattr(model, '_orig_mod', None)
+    "The model inside `torch.compile`, `DataParallel`, `DistributedDataParallel` and `AveragedModel`"
+    inner = _attr(model, 'module' if isinstance(model, _wrappers) else '_orig_mod')
     return model if inner is None else _unwrap(inner)
+
+_wrappers = nn.DataParallel,nn.parallel.DistributedDataParallel,torch.optim.swa_utils.AveragedModel
+
+def _named(model):
+    "All modules by name, without the names of wrappers within the model"
+    def plain(n): return '.'.join(o for o in n.split('.') if o not in ('_orig_mod','_fsdp_wrapped_module','_checkpoint_wrapped_module'))
+    return {plain(n) or type(model).__name__:m for n,m in model.named_modules()}
 
 def _default_layers(named):
     "Modules with parameters whose children have none; attention as a whole, since it does not call its children"
     whole = tuple(f'{n}.' for n,m in named.items() if isinstance(m, nn.MultiheadAttention))
-    def own(m): return any(True for _ in m.parameters()) and not any(True for n,c in m.named_children() if n!='parametrizations' for _ in c.parameters())
+    def parts(m): return [c for n,c in m.named_children() if n!='parametrizations' and not isinstance(c, _lists)]
+    def own(m): return any(True for _ in m.parameters()) and not any(True for c in parts(m) for _ in c.parameters())
     def inner(n): return n.startswith(whole) or 'parametrizations' in n.split('.')
-    return [n for n,m in named.items() if n+'.' in whole or own(m) and not inner(n)]
+    return [n for n,m in named.items() if n+'.' in whole or own(m) and not inner(n) and not isinstance(m, _lists)]
 
 # %% ../nbs/04a_recorder.ipynb #d55eaeef
 def _matches(named, o):
     "Names of the modules that `o`, one of `layers`, stands for"
-    f = (lambda n,m: fnmatchcase(n, o)) if isinstance(o, str) else (lambda n,m: m is _unwrap(o)) if isinstance(o, nn.Module) else \
-        (lambda n,m: isinstance(m, o)) if isinstance(o, type) else o
-    if not callable(f): raise TypeError(f'`layers` takes names or patterns (`"0.*.conv?"`), types, modules, or a function of name and module; received {o!r}: see `model.named_modules()` for the names.')
-    try: return [n for n,m in named.items() if f(n, m)]
-    except TypeError as e: raise TypeError(f'`layers`: a function is called with the name of each module and the module, `lambda name,module: ...`. {e}') from e
+    if isinstance(o, str): return [n for n in named if fnmatchcase(n, o)]
+    if isinstance(o, nn.Module): return [n for n,m in named.items() if m is _unwrap(o)]
+    if isinstance(o, type): return [n for n,m in named.items() if isinstance(m, o)]
+    if not callable(o): raise TypeError('`layers` takes names or patterns (`"0.*.conv?"`), types, modules, or a function of name and module; '
+                                        f'received {o!r}: see `model.named_modules()` for the names.')
+    try: return [n for n,m in named.items() if o(n, m)]
+    except TypeError as e: raise TypeError('`layers`: a function is called with the name of each module and the module, '
+                                           f'`lambda name,module: ...`. {e}') from e
+
+def _no_match(model, named, o):
+    what = o if isinstance(o, str) else getattr(o, '__name__', type(o).__name__)
+    by_type = f'To choose by type: `nn.{o}`, without quotes. ' if isinstance(o, str) and any(type(m).__name__==o for m in named.values()) else ''
+    return (f'`layers`: no module of this {type(model).__name__} matches {what!r}. {by_type}'
+            f'Its {len(named)} modules are called {", ".join(list(named)[len(named)>1:6])}, ...: see `model.named_modules()`.')
 
 def _select(model, layers):
     "The chosen modules of `model` by name, in the model's order"
     model = _unwrap(model)
-    named = {n.replace('_orig_mod.', '').removesuffix('._orig_mod') or type(m).__name__:m for n,m in model.named_modules()}
+    named = _named(model)
     found = set(_default_layers(named) if layers is None else ())
     for o in [] if layers is None else layers if isinstance(layers, (list,tuple,set,L)) else [layers]:
-        if not (hit := _matches(named, o)): raise ValueError(
-            f'`layers`: no module of this {type(model).__name__} matches {o if isinstance(o, str) else getattr(o, "__name__", type(o).__name__)!r}. '
-            + (f'To choose by type: `nn.{o}`, without quotes. ' if isinstance(o, str) and any(type(m).__name__==o for m in named.values()) else '') +
-            f'Its {len(named)} modules are called {", ".join(list(named)[len(named)>1:6])}, ...: see `model.named_modules()`.')
+        if not (hit := _matches(named, o)): raise ValueError(_no_match(model, named, o))
         found.update(hit)
-    if not found: raise ValueError(f'This {type(model).__name__} has no module with parameters: name what to record, e.g. `layers="*"`.' if layers is None else '`layers` is empty: name what to record, or leave it out for all modules with parameters.')
+    if not found and layers is None:
+        raise ValueError(f'This {type(model).__name__} has no module with parameters: name what to record, e.g. `layers="*"`.')
+    if not found: raise ValueError('`layers` is empty: name what to record, or leave it out for all modules with parameters.')
     return {n:m for n,m in named.items() if n in found}
 
 # %% ../nbs/04a_recorder.ipynb #b5367142
-def _tensors(o, seen=None):
-    "Floating-point tensors in nested containers, each once"
-    if isinstance(o, Tensor): return [o] if o.is_floating_point() and o.layout is torch.strided else []
-    seen = set() if seen is None else seen
-    if id(o) in seen: return []
+def _unreadable(t):
+    "Why the tensor `t` cannot be read; None if it can"
+    if t.is_complex(): return 'complex numbers'
+    if not t.is_floating_point(): return 'whole numbers'
+    if torch._C._functorch.is_functorch_wrapped_tensor(t): return 'a tensor inside of torch.func.vmap or another transform of torch.func'
+    if t.is_nested: return None if t.is_contiguous() else 'a nested tensor that is not contiguous'
+    if t.layout is not torch.strided: return 'a sparse tensor'
+    if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__: return f'a {type(t).__name__}, whose values are elsewhere'
+
+def _plain(t): return t.detach().values() if t.is_nested else t.detach()
+
+def _tensors(o, odd=None, seen=None):
+    "Readable tensors in nested containers, each once; `odd` is a set that collects why others are not"
+    odd,seen = set() if odd is None else odd,set() if seen is None else seen
+    if isinstance(o, Tensor):
+        if not (why := _unreadable(o)): return [o]
+        odd.add(why)
+        return []
+    if id(o) in seen or o is None or isinstance(o, (bool,int,float,str,bytes)): return []
     seen.add(id(o))
     if isinstance(o, Mapping): o = o.values()
     elif is_dataclass(o) and not isinstance(o, type): o = [getattr(o, f.name) for f in fields(o)]
-    elif not isinstance(o, (tuple,list,set)): return []
-    return list({id(t):t for v in o for t in _tensors(v, seen)}.values())
+    elif not isinstance(o, (tuple,list,set)):
+        odd.add(f'an object of type {type(o).__name__}: of objects, containers and dataclasses are looked into')
+        return []
+    return list({id(t):t for v in o for t in _tensors(v, odd, seen)}.values())
 
 # %% ../nbs/04a_recorder.ipynb #f7921de4
-_first = ('out_channels','num_features','num_channels')
-_last = ('out_features','normalized_shape','embedding_dim','hidden_size','embed_dim')
+class _Rule(namedtuple('_Rule', 'sure sizes hint')):
+    "Where a module has its channels: 1, -1 or None if its type does not say; the sizes of its parameters; what its attributes suggest"
+    def axis(self, shape, stride):
+        "The axis of the channels in a tensor; None if there is none, or it is not known"
+        if len(shape)<2: return None
+        if self.sure: return self.sure%len(shape)
+        fits = [a for a in sorted({1,len(shape)-1}) if shape[a] in self.sizes]
+        if len(fits)==1: return fits[0]
+        if self.hint: return self.hint%len(shape)
+        if fits: return 1 if stride[1]==1 else None    # channels are neighbours in memory
+        return 1 if len(shape)!=3 else 2
+
+_typed = ((nn.modules.conv._ConvNd,1), (nn.modules.batchnorm._NormBase,1), (nn.GroupNorm,1),
+          (nn.Linear,-1), (nn.Embedding,-1), (nn.EmbeddingBag,-1), (nn.RNNBase,-1), (nn.MultiheadAttention,-1))
+_norms = tuple(getattr(nn, o) for o in ('LayerNorm','RMSNorm') if hasattr(nn, o))
+_first = 'out_channels','num_features','num_channels'
+_last = 'out_features','embedding_dim','hidden_size','embed_dim'
+
+def _attr(m, name):
+    "An attribute that may not be there, or be a property that raises"
+    try: return getattr(m, name, None)
+    except Exception: return None
+
+def _own_params(m):
+    "Parameters of `m` itself, those in a `ParameterList` or `ParameterDict` too"
+    yield from m.parameters(recurse=False)
+    for c in m.children():
+        if isinstance(c, _lists): yield from c.parameters()
+
+_lists = nn.ParameterList,nn.ParameterDict
 
 def _axis_rule(m):
-    "Where `m` has its channels: 1, -1, or None if its type does not say"
-    if any(hasattr(m, a) for a in _first) or type(m).__name__.endswith('2d'): return 1
-    return -1 if any(hasattr(m, a) for a in _last) else None
-
-def _axis(rule, ndim):
-    "The axis of the channels in a tensor of `ndim` axes; None if there is none"
-    if ndim<2: return None
-    return (1 if rule==1 else ndim-1) if rule else 1 if ndim!=3 else 2
+    "The `_Rule` of a module"
+    sure = next((a for cls,a in _typed if isinstance(m, cls)), None)
+    if isinstance(m, _norms) and type(m).forward in {o.forward for o in _norms}: sure = -1
+    if sure: return _Rule(sure, frozenset(), None)
+    shapes = [[n for n in p.shape if n>1] for p in _own_params(m) if not is_lazy(p)]
+    sizes = [o[0] for o in shapes if len(o)==1] or [n for o in shapes for n in o]
+    hint = 1 if any(_attr(m, a) is not None for a in _first) or type(m).__name__.endswith('2d') else None
+    return _Rule(None, frozenset(sizes), hint or (-1 if any(_attr(m, a) is not None for a in _last) else None))
 
 # %% ../nbs/04a_recorder.ipynb #dac86abf
 def _check_sample(n):
@@ -274,16 +334,23 @@ class ActivationRecorder:
         sample:int=4096, # Values looked at per layer and batch; None: all, exactly, but for histograms, which are of 4096
         grads:bool=False # Also of the gradients with respect to the outputs?
     ):
-        self.model,self.layers,self.sample = model,_select(model, layers),_check_sample(sample)
-        self.names,self.hist,self.grads = list(self.layers),hist,grads
-        self.rules,self.refs = [_axis_rule(m) for m in self.layers.values()],[_bn_ref(m) for m in self.layers.values()]
+        self.chosen,self.sample,self.hist,self.grads = layers,_check_sample(sample),hist,grads
+        self._watch(model, _select(model, layers))
+        self.names,self.refs = list(self.layers),[_bn_ref(m) for m in self.layers.values()]
         self.rows = len(self.names)*(1+grads)                 # the second half are gradients
         self.calls = np.zeros(2*len(self.names), int)         # how often each was called
         self.looked,self.still,self.record,self.problems = Counter(),{},None,{}
+        self.unread,self.ungraded = {},{}    # why: rows whose output, or its gradient, cannot be looked at
+        self.constant = {}                   # whether what goes into a row does not vary, asked of rows that seem dead
         self._feeds = None   # rows whose layers' outputs were seen to go into a BatchNorm, once that is known
         self._lock,self._on,self._draws,self._gen = threading.Lock(),ExitStack(),0,torch.Generator().manual_seed(0)
         self._bufs = {}
         self.free()
+
+    def _watch(self, model, layers):
+        self.model,self.layers,self.rules = model,layers,[_axis_rule(m) for m in layers.values()]
+        dicts = [o for m in model.modules() if isinstance(o := m._modules, dict)]    # a scripted module has something else
+        self._links = [(o, k, c) for o in dicts for k,c in o.items()]
 
     def __repr__(self): return f'{type(self).__name__}: {len(self.names)} layers of {type(_unwrap(self.model)).__name__}'
     def __enter__(self): return self.start()
@@ -296,10 +363,12 @@ class ActivationRecorder:
         "Hooks on"
         self.stop()
         self._clear()
-        self.alive = True
-        if self._compiled is None: self._compiled = _is_compiled(self.model)
-        for i,m in enumerate(self.layers.values()): self._on.callback(m.register_forward_hook(partial(self._saw, i)).remove)
-        if self._compiled and hasattr(torch.compiler, 'set_stance'): self._on.enter_context(torch.compiler.set_stance('force_eager'))
+        if not all(d.get(k) is c for d,k,c in self._links): self.look_at(self.model)
+        self.alive,self._graded = True,self.grads and torch.is_grad_enabled()
+        for i,m in enumerate(self.layers.values()):
+            self._on.callback(m.register_forward_hook(_Saw(self, i), with_kwargs=i in self.constant).remove)
+        if 'torch._dynamo' in sys.modules and hasattr(torch.compiler, 'set_stance'):     # else nothing is compiled, or cannot be helped
+            self._on.enter_context(torch.compiler.set_stance('force_eager'))
         return self
 
     def stop(self):
@@ -308,24 +377,41 @@ class ActivationRecorder:
         self._on.close()
 
     @property
-    def _ready(self):
-        "Has `collect` nothing to wait for?"
-        return not self.grads and all(_is_cpu(dev) for dev,_ in self._bufs)
+    def ready(self):
+        "Does `collect` wait for no device?"
+        return all(_is_cpu(dev) for dev,_ in self._bufs)
 
     def free(self):
         "Hooks off, and nothing kept but the last record"
         self.stop()
         self._clear()
-        self._bufs,self._plans,self._compiled = {},{},None
+        self._bufs,self._plans = {},{}
 
-def _is_compiled(model): return any(hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) is not None for m in model.modules())
+@patch
+def look_at(self:ActivationRecorder, model):
+    "Watch `model` from now on: the same one, changed, or another with layers of the same names. Others keep their rows, and are not seen"
+    try: now = _select(model, self.chosen)
+    except ValueError: now = {}
+    self.strange = [n for n in now if n not in self.layers]
+    self._watch(model, {n:now.get(n, m) for n,m in self.layers.items()})
+    self.missing = [n for n in self.names if n not in now]
+    for i,(m,ref) in enumerate(zip(self.layers.values(), self.refs)):
+        if ref is not None and not (isinstance(m, _BatchNorm) and m.num_features==ref.shape[1]): self.refs[i] = _bn_ref(m)
+
+ActivationRecorder.strange = ActivationRecorder.missing = ()
+
+def _is_compiled(model):
+    "Is `model` compiled, or a part of it, or a method?"
+    def compiled(f): return isinstance(f, FunctionType) and hasattr(f, '_torchdynamo_orig_callable')
+    return any('_orig_mod' in m._modules or m._compiled_call_impl is not None or any(map(compiled, [*vars(m).values(), *vars(type(m)).values()]))
+               for m in model.modules())
 
 # %% ../nbs/04a_recorder.ipynb #d3fc52ca
 @patch
 def _plan(self:ActivationRecorder, key):
     "Where to look in tensors of this shape, layout and device"
     shape,stride,rule,only_bn,dev = key
-    n,axis,exact,chans = prod(shape)*(dev.type!='meta'),_axis(rule, len(shape)),self.sample is None,None
+    n,axis,exact,chans = prod(shape)*(dev.type!='meta'),rule.axis(shape, stride),self.sample is None,None
     C,size,idx,span = shape[axis] if axis is not None else 0,self.sample or 4096,None,0
     K = n//C if C else 0
     if n and not (exact and (only_bn or not self.hist)):
@@ -334,38 +420,85 @@ def _plan(self:ActivationRecorder, key):
         span = 1+sum((k-1)*s for k,s in zip(shape, stride))
         if not exact: C,K = ck
         idx = idx.to(dev)
-    self._plans[key] = p = _Plan(n, n if exact else len(idx) if idx is not None else 0, idx, C, K, chans, span)
+    self._plans[key] = p = _Plan(n, n if exact else len(idx) if idx is not None else 0, idx, C, K, chans, span, axis)
     return p
 
 @patch
 def _take(self:ActivationRecorder, x, row, rule, bn=None):
     "Note what is to be known of the tensor `x`; with `row` None it is the input of the BatchNorm `bn`, and that is all to know"
-    dev,x = x.device,x.detach()
+    dev = x.device
     key = x.shape,x.stride(),rule,row is None,dev
     with self._lock:
         p = self._plans.get(key) or self._plan(key)
         if not p.k: return
         at = dev,torch.float64 if x.dtype==torch.float64 else torch.float32
-        if at not in self._bufs: self._bufs[at] = _Buffer(max(8, self.rows), self.sample or 4096, *at, self.hist*len(self.names), self.sample is None)
+        exact = self.sample is None
+        if at not in self._bufs: self._bufs[at] = _Buffer(max(8, self.rows), self.sample or 4096, *at, self.hist*len(self.names), exact)
         b,meta = self._bufs[at],[row,bn,p]
-        if self.sample is None: b.done.append(('exact', [meta], _exact(x.cpu() if dev.type=='mps' else x, _axis(rule, x.ndim), b.room, row is None or self._feeds is None or row in self._feeds)))
+        if exact:
+            by_channel = row is None or self._feeds is None or row in self._feeds
+            b.done.append(('exact', [meta], _exact(x.cpu() if dev.type=='mps' else x, p.axis, b.room, by_channel)))
         if p.idx is not None: b.add(x, meta)
     return meta
 
+# %% ../nbs/04a_recorder.ipynb #acc0ed3d
+class _Hook:
+    "What a copied module or a pickle has instead: a function of the standard library that takes anything and does nothing"
+    def __reduce__(self): return getattr,(nullcontext(),'__exit__')
+
+class _Saw(_Hook):
+    "The forward hook of layer `i`"
+    def __init__(self, rec, i): self.rec,self.i = rec,i
+    def __call__(self, m, inp, *kw_out):
+        if not torch.compiler.is_compiling(): self.rec._saw(self.i, m, inp, *kw_out)
+
+class _SawGrad(_Hook):
+    "The hook of an output of layer `i`: for the batch that it comes from, and no reason to keep a recorder"
+    def __init__(self, rec, i): self.rec,self.i,self.draw = weakref.ref(rec),i,rec._draws
+    def __call__(self, g):
+        if (rec := self.rec()) is not None and rec._draws==self.draw and g is not None: rec._saw_grad(self.i, g)
+
 # %% ../nbs/04a_recorder.ipynb #346a0e5a
 @patch
-def _saw(self:ActivationRecorder, i, m, inp, out):
-    "The forward hook of layer `i`"
+def _saw(self:ActivationRecorder, i, m, inp, *kw_out):
+    "Layer `i` was called with `inp`, and gave the last of `kw_out`"
     if not self.alive: return
     self.calls[i] += 1
     try:
         with torch._C.DisableTorchFunctionSubclass():
+            if len(kw_out)>1: self.constant[i] = _is_constant((inp, kw_out[0]))
             if self.refs[i] is not None and inp: self._see_input(i, inp[0])
-            for t in _tensors(out):
-                meta = self._take(t, i, self.rules[i])
-                self._last = weakref.ref(t),_version(t),meta
-                if self.grads and t.requires_grad: t.register_hook(partial(self._saw_grad, i, self._draws))
+            odd = set()
+            for t in (ts := _tensors(kw_out[-1], odd)): self._see_output(i, t)
+            if not ts: self._note(self.unread, odd, i)
+            if self._graded and not torch.is_grad_enabled() and any(p.requires_grad for p in m.parameters()):
+                self._note(self.ungraded, ('they ran without autograd, as in `torch.utils.checkpoint` with `use_reentrant=True`',), i)
     except Exception as e: self.problems.setdefault(i, e.with_traceback(None))   # whose frames hold the tensors
+
+@patch
+def _see_output(self:ActivationRecorder, i, t):
+    "`t` is a tensor that layer `i` gave"
+    meta = self._take(_plain(t), i, self.rules[i])
+    self._last = weakref.ref(t),_version(t),meta
+    if not self._graded or not t.requires_grad: return
+    if t.is_leaf: self._note(self.ungraded, ('they return a parameter as it is, which has its gradient in `.grad`',), i)
+    else: t.register_hook(_SawGrad(self, i))
+
+@patch
+def _note(self:ActivationRecorder, where, reasons, i):
+    for o in reasons: where.setdefault(o, set()).add(i)
+
+def _is_constant(inputs):
+    "Is there nothing in `inputs` that varies, and nothing that training could change?"
+    try: return all(not t.requires_grad and bool((t==t.flatten()[:1]).all()) for t in _all_tensors(inputs))
+    except Exception: return False    # of a kind that cannot be compared
+
+def _all_tensors(o):
+    if isinstance(o, Tensor): yield o
+    elif isinstance(o, (tuple,list)): yield from (t for v in o for t in _all_tensors(v))
+    elif isinstance(o, dict): yield from (t for v in o.values() for t in _all_tensors(v))
+
+_bn_rule = _Rule(1, frozenset(), None)
 
 def _version(t): return object() if t.is_inference() else t._version    # those do not count what is done in place
 
@@ -373,16 +506,16 @@ def _version(t): return object() if t.is_inference() else t._version    # those 
 def _see_input(self:ActivationRecorder, i, x):
     "The input of BatchNorm `i`: most often it was just seen as the output of a convolution"
     last,self._last = self._last,None
-    if last and last[0]() is x and last[1]==_version(x) and (meta := last[2]) and meta[2].C and _axis(self.rules[meta[0]], x.ndim)==1 and (self.sample is None or meta[2].K>=8): meta[1] = i
-    else: self._take(x, None, 1, bn=i)
+    meta = last[2] if last and last[0]() is x and last[1]==_version(x) else None
+    if meta and meta[2].C and meta[2].axis==1 and (self.sample is None or meta[2].K>=8): meta[1] = i
+    else: self._take(x.detach(), None, _bn_rule, bn=i)
 
 @patch
-def _saw_grad(self:ActivationRecorder, i, draw, g):
-    "The gradient with respect to an output of layer `i`; `draw` tells this batch's from another's"
-    if self._draws!=draw or g is None: return
+def _saw_grad(self:ActivationRecorder, i, g):
+    "`g` is the gradient with respect to an output of layer `i`"
     self.calls[len(self.names)+i] += 1
     try:
-        with torch._C.DisableTorchFunctionSubclass(): self._take(g, len(self.names)+i, self.rules[i])
+        with torch._C.DisableTorchFunctionSubclass(): self._take(_plain(g), len(self.names)+i, self.rules[i])
     except Exception as e: self.problems.setdefault(i, e.with_traceback(None))   # whose frames hold the tensors
 
 # %% ../nbs/04a_recorder.ipynb #587de6e5
@@ -452,6 +585,11 @@ def _as_rows(done):
         if bn is None: continue
         n,m,sq = _join(*A[:3])
         yield 'bn',ms,np.array([[[m,np.sqrt(sq/np.maximum(n, 1))]]*2])
+@patch
+def _suspect(self:ActivationRecorder, v):
+    "Which rows seem dead: the next time it is asked whether what goes into them varies"
+    still = (v[:,_dead]>=.5) | (v[:,_min]==v[:,_max])
+    self.constant = {i:self.constant.get(i, False) for i in np.flatnonzero(still).tolist()}
 
 # %% ../nbs/04a_recorder.ipynb #ff568559
 @patch
@@ -463,7 +601,6 @@ def collect(self:ActivationRecorder):
         if self._plans[k]: self._plans[k] = None
         else: del self._plans[k]
     self.record = self._assemble(done) if done else None
-    if not done: self._compiled = None                   # perhaps it is by now
     return self.record
 
 @patch
@@ -494,6 +631,7 @@ def _assemble(self:ActivationRecorder, done):
         if j: rec = _merge(rec, one)
     for i,d in dead.items(): rec[0][i,_dead] = d
     for i,d in dists.items(): rec[0][i,_bn] = np.average([a for a,_ in d], weights=[n for _,n in d])
+    self._suspect(rec[0][:len(self.names)])
     return rec
 
 # %% ../nbs/04a_recorder.ipynb #772ac597
@@ -505,6 +643,7 @@ def _columns(v):
     none = v[...,_n]*(1-v[...,_bad])<.5
     v[...,_var] = np.sqrt(v[...,_var].clip(0))
     for c in (_mean,_var,_min,_max): v[...,c][none] = np.nan
+    for c in (_near0,_bad): v[...,c][v[...,_n]==0] = np.nan
     return {k:v[...,c] for k,c in _cols.items()}
 
 def _frame(names, metas, recs, grads=False):
@@ -519,9 +658,22 @@ def _frame(names, metas, recs, grads=False):
     if grads: d |= {f'grad_{k}':o.ravel()[ran] for k,o in _columns(V[:,n:]).items() if k in ('mean','std','min','max','nonfinite')}
     return pd.DataFrame(d)
 
+_run_it = 'run the model inside `with recorder:`. If it is compiled, give the recorder what `torch.compile` returned.'
+
+@patch
+def _why_nothing(self:ActivationRecorder):
+    "Why layers that ran have no record; None if there is no reason"
+    if self.problems: return f'{self.names[(i := next(iter(self.problems)))]} failed with {self.problems[i]!r}.'
+    if self.unread: return '; '.join(f'{self.few(rows)} put out {why}' for why,rows in self.unread.items()) + '.'
+
+@patch
+def few(self:ActivationRecorder, rows, n=5):
+    "The names of `rows`, or of the first `n`"
+    names = [self.names[i] for i in sorted(rows)]
+    return ', '.join(names[:n]) + ', ...'*(len(names)>n)
+
 @patch
 def to_df(self:ActivationRecorder): # A `DataFrame`
     "The last record: a row for each layer that ran"
-    if self.record is None: raise ValueError('Nothing is recorded: ' + (f'{self.names[(i := next(iter(self.problems)))]} failed with {self.problems[i]!r}.' if self.problems else
-        'run the model inside `with recorder:`. If it is compiled, give the recorder what `torch.compile` returned.'))
+    if self.record is None: raise ValueError(f'Nothing is recorded: {self._why_nothing() or _run_it}')
     return _frame(self.names, [{}], [self.record], self.grads)

@@ -11,7 +11,7 @@ import sys,warnings
 # %% ../nbs/00c_warn.ipynb #00c71e06
 class NormxWarning(UserWarning): "What every warning of fastai_normx is"
 
-_between = 'fastai_normx','fastai','fastcore','fasttransform','plum','functools','contextlib'
+_between = 'fastai_normx','fastai','fastcore','fasttransform','plum','functools','contextlib','torch'
 
 def user_level():
     "`stacklevel` of the first caller outside this package and fastai, so that a warning points at the user's line"
