@@ -369,7 +369,7 @@ def _start(self:StatsMatch, x):
             return False
     case = _case(learn if asked is None else asked, learn.model, x, (tuple(learn.xb),{}), self.n_in, self.axis, x.shape[self.axis])
     case = _named(case, asked, learn.dls, 'learn.dls')
-    self._case = _with_history(case, learn, training=True) if asked is None else case
+    self._case = _with_history(case, learn, self.training) if asked is None else case
     self._files = _deep(learn.dls)
     return True
 
