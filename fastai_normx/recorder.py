@@ -401,7 +401,9 @@ class ActivationRecorder:
         self._bufs,self._plans = {},{}
 
 @patch
-def look_at(self:ActivationRecorder, model):
+def look_at(self:ActivationRecorder,
+    model # An `nn.Module`
+):
     "Watch `model` from now on: the same one, changed, or another with layers of the same names. Others keep their rows, and are not seen"
     try: now = _select(model, self.chosen)
     except ValueError: now = {}
@@ -683,7 +685,10 @@ def _why_nothing(self:ActivationRecorder):
     if self.unread: return '; '.join(f'{self.few(rows)} put out {why}' for why,rows in self.unread.items()) + '.'
 
 @patch
-def few(self:ActivationRecorder, rows, n=5):
+def few(self:ActivationRecorder,
+    rows, # Numbers of rows
+    n:int=5 # Show no more names than this
+):
     "The names of `rows`, or of the first `n`"
     names = [self.names[i] for i in sorted(rows)]
     return ', '.join(names[:n]) + ', ...'*(len(names)>n)
