@@ -33,7 +33,8 @@ class _History:
     def __len__(self): return len(self.recs)
 
     def add(self, meta, rec):
-        self.meta.append(dict(meta)); self.recs.append(_small(rec))
+        self.meta.append(dict(meta))
+        self.recs.append(_small(rec))
         if len(self)>1 and self.meta[-2]['batches']<self.width: self._join(len(self)-2)
         if len(self)>self.keep:
             self._join(self.at)    # one pair at a time, so that no batch has to wait for all
@@ -104,22 +105,28 @@ class _Parquet(_Sink):
 def _flush(sinks):
     "Write what `sinks` still hold: their logger is let go of, or Python ends"
     for o in sinks:
-        with suppress(Exception): o.flush()
+        try: o.flush()
+        except Exception: pass    # there is nobody to tell
 
 # %% ../nbs/04_activations.ipynb #c25c0363
 def _points(df):
     "`{tag: value}` of all numbers in a record's table"
-    return {f'{split}_{c}/{layer}':float(v) for c in df if c.removeprefix('grad_') in _cols for split,layer,v in zip(df.split, df.layer, df[c]) if v==v}
+    return {f'{split}_{c}/{layer}':float(v) for c in df if c.removeprefix('grad_') in _cols
+            for split,layer,v in zip(df.split, df.layer, df[c]) if v==v}
 
 def _hists(df, names, rec):
     "`(tag, row, counts, edges)` of all histograms in a record"
-    if len(rec)>1: yield from ((f'{df.split.iloc[0]}/{n}', rec[0][i], rec[1][i].tolist(), _edges(rec[2][i]).tolist()) for i,n in enumerate(names) if rec[1][i].any())
+    if len(rec)<2: return
+    for n,row,counts,bins in zip(names, *rec):
+        if counts.any(): yield f'{df.split.iloc[0]}/{n}',row,counts.tolist(),_edges(bins).tolist()
 
 class _TensorBoard(_Sink):
     def __call__(self, df, names, rec, step):
         for tag,v in _points(df).items(): self.to.add_scalar(tag, v, step)
-        for tag,v,c,edges in _hists(df, names, rec): self.to.add_histogram_raw(tag, min=v[_min], max=v[_max], num=sum(c), sum=v[_mean]*sum(c),
-            sum_squares=(v[_var]+v[_mean]**2)*sum(c), bucket_limits=edges[1:], bucket_counts=c, global_step=step)
+        for tag,v,c,edges in _hists(df, names, rec):
+            n = sum(c)
+            self.to.add_histogram_raw(tag, min=v[_min], max=v[_max], num=n, sum=v[_mean]*n, sum_squares=(v[_var]+v[_mean]**2)*n,
+                                      bucket_limits=edges[1:], bucket_counts=c, global_step=step)
     def flush(self): self.to.flush()
 
 class _Wandb(_Sink):
@@ -151,7 +158,8 @@ def _sinks(to):
     elif hasattr(to, 'add_histogram_raw'): return [_TensorBoard(to)]
     elif hasattr(to, 'define_metric'): return [_Wandb(to)]
     elif callable(to): return [_Function(to)]
-    raise ValueError(f'`to` takes a path that ends in .csv or .parquet, a TensorBoard `SummaryWriter`, a W&B run, a function of a DataFrame, or a list of these; received {to!r}.')
+    raise ValueError('`to` takes a path that ends in .csv or .parquet, a TensorBoard `SummaryWriter`, a W&B run, '
+                     f'a function of a DataFrame, or a list of these; received {to!r}.')
 
 # %% ../nbs/04_activations.ipynb #be7d4bf7
 class ActivationWarning(NormxWarning): "A layer's activations need a look"
@@ -162,12 +170,12 @@ class ActivationLogger(Callback):
     "Record statistics of every layer's output while training: read them with `learn.activation_logger`"
     order = 1_000_000 # after the callbacks that open logs, wrap the model or change the batch: see `before_batch`
     def __init__(self,
-        layers=None, # Names, patterns such as `'0.*.conv?'`, types, modules, or `f(name, module)->bool`; None: the innermost modules with parameters
+        layers=None, # Names, patterns like `'0.*.conv?'`, types, modules, `f(name, module)->bool`; None: innermost modules with parameters
         every:int=1, # Record one batch in `every`
         valid:bool=True, # Validation batches too?
         hist:bool=True, # Histograms too?
         sample:int=4096, # Values looked at per layer and batch; None: all, exactly, but for histograms, which are of 4096
-        to=None, # Where to write as well: path (.csv, .parquet), `SummaryWriter`, W&B run, function of a DataFrame, or a list of these; False: not even to the logs of fastai's own callbacks
+        to=None, # Where to write too: .csv or .parquet path, `SummaryWriter`, W&B run, function, list; False: not to fastai's logs either
         alerts:bool=True, # Warn of non-finite, dead, exploding and vanishing activations?
         grads:bool=False, # Also the gradients with respect to the outputs, of training batches?
         keep:int=512, # Records kept in memory for training and for validation; None: all
@@ -259,17 +267,20 @@ def _watch(self:ActivationLogger, call):
         out = call()
     except BaseException:
         with suppress(Warning): self._finish(failed=True)    # an alert that is an error does not hide the one that is raised
-        if self._rec is not None: self._rec.free()
+        rec.free()
         raise
-    self._rec.stop()
+    rec.stop()
+    if self._now is None: return out    # reset meanwhile
     self._now.ran = True
-    if self._rec.ready and not (self._together or self.grads and self.training): self._finish()
+    waits = not rec.ready or self._together or self.grads and self._now.meta['split']=='train'
+    if not waits or self.learn is None: self._finish()
     return out
 
 # %% ../nbs/04_activations.ipynb #bcf34db1
 @patch
 def after_backward(self:ActivationLogger):
-    if self._rec is not None and self._rec.ready and not self._together: self._finish()    # not after the step, when malloc gives what is freed back
+    # not after the step, when malloc gives what is freed back to the system, and the next step is slow
+    if self._rec is not None and self._rec.ready and not self._together: self._finish()
 
 @patch
 def after_batch(self:ActivationLogger): self._finish()
@@ -327,7 +338,7 @@ def _unscaled(rec, n, s):
     v[n:,_var] /= s*s
     return (v,*rec[1:])
 
-# %% ../nbs/04_activations.ipynb #9b833eed
+# %% ../nbs/04_activations.ipynb #de64a320
 @patch
 def before_fit(self:ActivationLogger):
     if self.learn is None or self._on and self._in_fit: return
@@ -340,7 +351,7 @@ def before_fit(self:ActivationLogger):
     elif self._left and not all(map(np.array_equal, now := [_bn_ref(m) for m in mods.values()], self._left)):
         self._rec.refs = now    # other weights
     self._rec.look_at(self.learn.model)
-    self._known = _ids(mods)
+    self._known,self._left = _ids(mods),None
     self._on,self._fits,self._start,self._logs = True,self._fits+1,self._steps,self._find_logs()
     self._alone = False
     if self._together: self._meet()
@@ -409,11 +420,12 @@ def _settle(self:ActivationLogger):
     if self._on and not self._running: self._close(failed=True)
 
 def _unseen(rec):
-    why = ('it is compiled, and to run it as it was written takes torch 2.6. Update torch, or compile after training.' if _is_compiled(rec.model) else
-           'is the model traced or scripted, or does it use other modules? Choose with `layers`.')
+    compiled = 'it is compiled, and to run it as it was written takes torch 2.6. Update torch, or compile after training.'
+    unknown = 'is the model traced or scripted, or does it use other modules? Choose with `layers`.'
+    why = compiled if _is_compiled(rec.model) else unknown
     return f'None of the {len(rec.names)} layers was seen to run: {why}'
 
-# %% ../nbs/04_activations.ipynb #90baeeaf
+# %% ../nbs/04_activations.ipynb #3b5544fb
 @patch(as_prop=True)
 def _running(self:ActivationLogger): "Is a fit or a validation of the learner underway?"; return _inside(self.learn, Learner._with_events)
 
@@ -421,7 +433,9 @@ def _running(self:ActivationLogger): "Is a fit or a validation of the learner un
 def _in_fit(self:ActivationLogger): "Is the loop of a fit?"; return _inside(self.learn, Learner._do_fit)
 
 @patch(as_prop=True)
-def _aside(self:ActivationLogger): "Is this a `validate` or `get_preds` in a fit?"; return self.learn is not None and self.learn.lock.locked() and self._in_fit
+def _aside(self:ActivationLogger):
+    "Is this a `validate` or `get_preds` in a fit?"
+    return self.learn is not None and self.learn.lock.locked() and self._in_fit
 
 def _inside(o, method):
     "Is `method` of the object `o` running further up?"
@@ -458,7 +472,8 @@ def _meet(self:ActivationLogger):
     self._alone = store.get(f'{key}/all')!=b'yes'
     if not self._alone: return
     have = [r for r,o in enumerate(here) if store.check([o])]
-    if rank==have[0]: warn_user(f'{len(have)} of {n} processes have an ActivationLogger (rank {", ".join(map(str, have))}): each records what it sees itself. '
+    ranks = ', '.join(map(str, have))
+    if rank==have[0]: warn_user(f'{len(have)} of {n} processes have an ActivationLogger (rank {ranks}): each records what it sees itself. '
                             'To have the records of all processes merged, give each of them one.', ActivationLoggerWarning)
 
 def _all_ranks(split, o):
@@ -628,10 +643,13 @@ def hist_data(self:ActivationLogger,
 ):
     "Counts `[bins,records]` of layer `i` on common bins, and the bins' edges"
     i,h = self._index(i),self._history(split).recs
-    if not self.hists or not h: raise ValueError(f'No histograms are recorded ({split}): use `ActivationLogger(hist=True)`' + (' and `valid=True`.' if split=='valid' else '.'))
+    if not self.hists or not h:
+        valid = ' and `valid=True`'*(split=='valid')
+        raise ValueError(f'No histograms are recorded ({split}): use `ActivationLogger(hist=True)`{valid}.')
     hs = [(r[1][i:i+1].astype(np.int64),r[2][i:i+1]) for r in h]
-    if not any(c.any() for c,_ in hs): raise ValueError(f'{self._title(i)} has no finite values ({split})' +
-        (f', since the model never called it: {_elsewhere}.' if not self._rec.calls[i] else '.'))
+    if not any(c.any() for c,_ in hs):
+        why = '' if self._rec.calls[i] else f', since the model never called it: {_elsewhere}'
+        raise ValueError(f'{self._title(i)} has no finite values ({split}){why}.')
     total,at = reduce(lambda a,b: _merge_hists(*a, *b), hs)
     one = (total>0).astype(np.int64)
     return np.stack([(_merge_hists(*o, one, at)[0]-one)[0] for o in hs], 1),_edges(at[0])
@@ -652,33 +670,56 @@ def summary(self:ActivationLogger,
     "What happened, as text: alerts, layers that never ran, and the end of training layer by layer"
     import pandas as pd
     names,h = self._names(),self._hist
-    split = 'train' if len(h['train']) else 'valid'
-    N,tail = len(names),max(1, round(len(h[split])*.1))
+    N,split = len(names),'train' if len(h['train']) else 'valid'
+    tail = max(1, round(len(h[split])*.1))
     c,c0 = (_columns(reduce(_merge, [(r[0][:N],) for r in recs])[0]) for recs in (h[split].recs[-tail:],h[split].recs[:1]))
-    batches = [sum(m['batches'] for m in h[k].meta) for k in ('train','valid')]
-    res = [f"ActivationLogger: {N} layers, {batches[0]} training and {batches[1]} validation batches, " + ('every value' if self.sample is None else f'{self.sample} values of each layer and batch')]
-    res += [f"{k}: {_first_of([a['layer'] for a in v], 6)}, first at {v[0]['split']} epoch {v[0]['epoch']} batch {v[0]['batch']}" for k,v in self.found.groupby(lambda a: a['cause']).items()] or ['No alerts']*bool(self.alerts)
-    if idle := [o for o,k in zip(names, self._rec.calls) if not k]: res.append(f'Never called by the model: {_first_of(idle, 8)} ({_elsewhere})')
-    res += [f'Not recorded: {self._rec.few(rows, 8)} (the output is {why})' for why,rows in self._rec.unread.items()]
-    df = pd.DataFrame({'layer':names, 'type':[type(m).__name__[:16] for m in self._rec.layers.values()], 'std':c['std'], 'at start':c0['std'], 'mean':c['mean'],
+    res = self._headline()
+    types = [type(m).__name__[:16] for m in self._rec.layers.values()]
+    df = pd.DataFrame({'layer':names, 'type':types, 'std':c['std'], 'at start':c0['std'], 'mean':c['mean'],
         'near 0':c['near_zero'], 'dead':c['dead'], 'nonfinite':c['nonfinite'], 'BN dist':c['bn_dist']})
-    with np.errstate(all='ignore'): score = np.nan_to_num(np.abs(np.log(c['std']/c0['std'])), posinf=9) + np.nan_to_num(c['bn_dist']) + 1e6*np.isin(names, list(self.found.itemgot('layer')))
+    with np.errstate(all='ignore'): change = np.nan_to_num(np.abs(np.log(c['std']/c0['std'])), posinf=9)
+    score = change + np.nan_to_num(c['bn_dist']) + 1e6*np.isin(names, list(self.found.itemgot('layer')))
     score[[0,-1]] = np.inf    # both ends are always shown
     ran = np.flatnonzero(self._rec.calls[:N])
     rows = np.sort(ran[np.argsort(-score[ran], kind='stable')[:n]])
     df = df.iloc[rows].loc[:, lambda d: [k=='std' or d[k].dtype==object or bool(np.nan_to_num(d[k]).any()) for k in d]]
     fmt = {'near 0':'{:.0%}', 'dead':'{:.0%}', 'nonfinite':'{:.2%}', 'BN dist':'{:.2f}'}
-    res += ['', df.to_string(index=False, na_rep='', formatters={k:fmt.get(k, '{:.3g}').format for k in df if df[k].dtype==float})]
+    formatters = {k:fmt.get(k, '{:.3g}').format for k in df if df[k].dtype==float}
+    res += ['', df.to_string(index=False, na_rep='', formatters=formatters)]
     if len(rows)<len(ran): res.append(f'{len(ran)-len(rows)} more layers: `summary(n={N})`')
-    return PrettyString('\n'.join(res + [f'Means over the last {tail} of {len(h[split])} {split} records; at start: std in the first.']))
+    res.append(f'Means over the last {tail} of {len(h[split])} {split} records; at start: std in the first.')
+    return PrettyString('\n'.join(res))
+
+@patch
+def _headline(self:ActivationLogger):
+    "What was looked at, alerts, and layers that have no records"
+    names,rec = self._rec.names,self._rec
+    train,valid = (sum(m['batches'] for m in self._hist[k].meta) for k in ('train','valid'))
+    looked = 'every value' if self.sample is None else f'{self.sample} values of each layer and batch'
+    res = [f'ActivationLogger: {len(names)} layers, {train} training and {valid} validation batches, {looked}']
+    for cause,found in self.found.groupby(lambda a: a['cause']).items():
+        first = found[0]
+        layers = _first_of([a['layer'] for a in found], 6)
+        res.append(f"{cause}: {layers}, first at {first['split']} epoch {first['epoch']} batch {first['batch']}")
+    if self.alerts and not self.found: res.append('No alerts')
+    idle = [o for o,k in zip(names, rec.calls) if not k]
+    if idle: res.append(f'Never called by the model: {_first_of(idle, 8)} ({_elsewhere})')
+    return res + [f'Not recorded: {rec.few(rows, 8)} (the output is {why})' for why,rows in rec.unread.items()]
 
 # %% ../nbs/04_activations.ipynb #a3df5ab7
-_no_bn = 'No BatchNorm distance is recorded: the model has no BatchNorm with running statistics from an earlier training, or `layers` leaves it out.'
+_no_bn = ('No BatchNorm distance is recorded: the model has no BatchNorm with running statistics from an earlier training, '
+          'or `layers` leaves it out.')
 
-_said_as = dict(near_zero='share near zero', nonfinite='share of NaN and infinite values', dead='share of dead channels', bn_dist='distance of the BatchNorm input')
+_said_as = dict(near_zero='share near zero', nonfinite='share of NaN and infinite values', dead='share of dead channels',
+                bn_dist='distance of the BatchNorm input')
 def _short_name(n): return n if len(n)<=40 else '...'+n[-37:]
-def _ticks(f, names, most, **kw): f(range(0, len(names), step := -(-len(names)//most)), [_short_name(n) for n in names[::step]], fontsize=7, **kw)
-def _records(ax, x): ax.set_xticks(at := np.unique(np.linspace(0, len(x)-1, min(len(x), 8)).astype(int)), x[at])    # one column each, named by its batch
+def _ticks(f, names, most, **kw):
+    step = -(-len(names)//most)
+    f(range(0, len(names), step), [_short_name(n) for n in names[::step]], fontsize=7, **kw)
+def _records(ax, x):
+    "One column each, named by its batch"
+    at = np.unique(np.linspace(0, len(x)-1, min(len(x), 8)).astype(int))
+    ax.set_xticks(at, x[at])
 def _new_ax(figsize):
     import matplotlib.pyplot as plt
     return plt.subplots(figsize=figsize, layout='constrained')[1]
@@ -695,7 +736,9 @@ def plot(self:ActivationLogger,
     "Heat map of `stat`: layers from input to output down, training batches to the right"
     from matplotlib.colors import CenteredNorm,LogNorm
     (out,grad,x),key = self._values(split),stat.removeprefix('grad_')
-    if key not in _cols or stat!=key and not self.grads: raise ValueError(f"`stat` is one of {', '.join(_cols)}{', or one of these after grad_'*self.grads}; received {stat!r}." + ' Gradients are recorded by `ActivationLogger(grads=True)`.'*(stat!=key))
+    if key not in _cols or stat!=key and not self.grads: raise ValueError(
+        f"`stat` is one of {', '.join(_cols)}{', or one of these after grad_'*self.grads}; received {stat!r}." +
+        ' Gradients are recorded by `ActivationLogger(grads=True)`.'*(stat!=key))
     if not len(x): raise ValueError(f'There are no {split} records.')
     M = (out if stat==key else grad)[key].T
     show = np.isfinite(M).any(1)
@@ -713,15 +756,20 @@ def plot(self:ActivationLogger,
     pos = M[np.isfinite(M) & (M>0)]
     top = np.clip(np.exp(np.abs(np.log(pos)).max(initial=0)), 2, 1e6)
     signed = key in ('mean','min','max')
-    norm = LogNorm(1/top, top) if relative else CenteredNorm() if signed else LogNorm(*np.quantile(pos, [.01,.99]).clip((m := np.median(pos))/100, m*100)) if key=='std' and len(pos) else None
+    if relative: norm = LogNorm(1/top, top)
+    elif signed: norm = CenteredNorm()
+    elif key=='std' and len(pos): norm = LogNorm(*np.quantile(pos, [.01,.99]).clip((m := np.median(pos))/100, m*100))
+    else: norm = None
     ax = ax or _new_ax(figsize or (9, min(12, 1.5+.19*len(M))))
-    im = ax.imshow(M, aspect='auto', interpolation='nearest', cmap=('RdBu_r' if relative or signed else 'viridis'), norm=norm, vmin=None if norm else 0)
+    cmap = 'RdBu_r' if relative or signed else 'viridis'
+    im = ax.imshow(M, aspect='auto', interpolation='nearest', cmap=cmap, norm=norm, vmin=None if norm else 0)
     _ticks(ax.set_yticks, names, 60)
     _records(ax, x)
-    ax.set(xlabel='training batch', title=f"{_said_as.get(key, key)} of each layer's {'output' if stat==key else 'gradient'}{', relative to the first record'*relative} ({split})")
-    said = 'multiple of the first record' if relative else _said_as.get(key, key)
+    said,what = _said_as.get(key, key),'output' if stat==key else 'gradient'
+    ax.set(xlabel='training batch', title=f"{said} of each layer's {what}{', relative to the first record'*relative} ({split})")
+    label = 'multiple of the first record' if relative else said
     extend = 'both' if relative or key=='std' else 'neither'
-    cb = ax.figure.colorbar(im, ax=ax, pad=.02, fraction=.05, aspect=40, label=said, extend=extend)
+    cb = ax.figure.colorbar(im, ax=ax, pad=.02, fraction=.05, aspect=40, label=label, extend=extend)
     if relative:
         cb.set_ticks(at := np.geomspace(1/top, top, 5), labels=[f'{t:.2g}' for t in at])
         cb.minorticks_off()
@@ -760,7 +808,8 @@ def color_dim(self:ActivationLogger,
     used = np.flatnonzero(H.any(1))
     a,b = (used[0],used[-1]+1) if len(used) else (0,_bins)
     ax = ax or _new_ax(figsize)
-    im = ax.imshow(np.log1p(H[a:b]/H.sum(0).clip(1)*1e4), origin='lower', aspect='auto', interpolation='nearest', extent=(-.5, len(x)-.5, edges[a], edges[b]), vmin=0)
+    im = ax.imshow(np.log1p(H[a:b]/H.sum(0).clip(1)*1e4), origin='lower', aspect='auto', interpolation='nearest',
+                   extent=(-.5, len(x)-.5, edges[a], edges[b]), vmin=0)
     _records(ax, x)
     ax.set(xlabel='training batch', ylabel='activation', title=self._title(i))
     cb,ticks = ax.figure.colorbar(im, ax=ax, pad=.02, label='share of values in a bin'),np.array([0,1e-3,1e-2,1e-1,1])

@@ -46,13 +46,17 @@ def _places(shape, stride, axis, size, gen=None, chans=None):
 
 # %% ../nbs/04a_recorder.ipynb #359f52bf
 def _is_cpu(dev): return dev.type=='cpu'
-def _room(D, x, **kw): return torch.empty_like(x, **kw) if D is None or x.numel()>len(D) else D[:x.numel()].view(x.shape)    # in kept memory `D` if that is large enough
+def _room(D, x, **kw):
+    "Memory for what is like `x`, from the kept memory `D` if that is large enough"
+    return torch.empty_like(x, **kw) if D is None or x.numel()>len(D) else D[:x.numel()].view(x.shape)
 
 _near = .05
 _near_sq = {torch.float32:float(np.float32(_near)**2), torch.float64:_near**2}    # the same values lie within it
 
 def _parts(X, ax, D, centred=True):
-    "Of each block of a matrix along `ax`: values, mean, sum of squared deviations (or of squares), min, max, values near zero; `[6,parts]`. `D` is room to compute in"
+    """Of each block of a matrix along `ax`: values, mean, sum of squared deviations (or of squares), min, max, values near zero:
+    `[6,parts]`.
+    `D` is room to compute in"""
     step = max(1 if ax else 64, 2**18//X.shape[1])
     blocks = X.split(step)
     S = X.new_full((6, len(X) if ax else len(blocks)*X.shape[1]), X.shape[1] if ax else min(step, len(X)))
@@ -65,7 +69,8 @@ def _parts(X, ax, D, centred=True):
         torch.amax(R, ax, keepdim=True, out=hi)
         torch.sum(torch.abs(R, out=d).le_(_near) if centred else d.le_(_near_sq[X.dtype]), ax, keepdim=True, out=near)
     if not ax and len(blocks)>1: S[0,-X.shape[1]:] = len(R)
-    return S if R.shape[ax]<2**24 else torch.cat([torch.full_like(S[:1], R.shape[ax], dtype=torch.float64), S[1:]])    # float32 cannot count on
+    if R.shape[ax]<2**24: return S
+    return torch.cat([torch.full_like(S[:1], R.shape[ax], dtype=torch.float64), S[1:]])    # float32 cannot count on
 
 def _row_stats(X, D=None):
     "The same of all finite values in each row, float64"
@@ -76,7 +81,8 @@ def _row_stats(X, D=None):
 _bins = 64
 
 def _hist(X, mom, D=None, I=None):
-    "`[R,2+bins]` of rows with these `_row_stats`: exponent of the bins' width, number of the first bin, then the counts. `D` and the integers `I` are room to compute in"
+    """`[R,2+bins]` of rows with these `_row_stats`: exponent of the bins' width, number of the first bin, then the counts.
+    `D` and the integers `I` are room to compute in"""
     n,m,sq,lo,hi,_ = mom
     sd = (sq/n.clamp(min=1)).sqrt()*8
     lo,hi = torch.maximum(lo, m-sd).where(n>0, 0.),torch.minimum(hi, m+sd).where(n>0, 0.)
@@ -89,7 +95,8 @@ def _hist(X, mom, D=None, I=None):
         i += torch.arange(0, len(x)*_bins, _bins, dtype=torch.int32, device=x.device)[:,None]
         cpu,N = _is_cpu(x.device),len(x)*_bins
         if not cpu or not ok.all(): i.masked_fill_(~x.isfinite(), N)
-        c = torch.bincount(i.flatten(), minlength=N+1) if cpu else torch.zeros(N+1, device=x.device).index_add_(0, i.flatten(), torch.ones_like(x).flatten())
+        if cpu: c = torch.bincount(i.flatten(), minlength=N+1)
+        else: c = torch.zeros(N+1, device=x.device).index_add_(0, i.flatten(), torch.ones_like(x).flatten())
         cs.append(c[:-1].view(-1, _bins).double())
     return torch.cat([torch.stack([e,first], 1), torch.cat(cs)], 1)
 
@@ -115,13 +122,15 @@ def _bn_dist(halves, ref):
 
 def _bn_ref(m):
     "Running mean, standard deviation, and the scale to measure by, `[3,C]`, of a BatchNorm that was trained; or None"
-    if not isinstance(m, _BatchNorm) or m.running_mean is None or is_lazy(m.running_mean) or m.running_mean.is_meta or (m.running_mean==0).all() and (m.running_var==1).all(): return
+    if not isinstance(m, _BatchNorm) or m.running_mean is None or is_lazy(m.running_mean) or m.running_mean.is_meta: return
+    if (m.running_mean==0).all() and (m.running_var==1).all(): return
     mu,var = (o.detach().double().cpu().numpy() for o in (m.running_mean,m.running_var))
     return np.stack([mu, np.sqrt(var), np.sqrt(np.maximum(var, .01*var.mean())+m.eps)])
 
 # %% ../nbs/04a_recorder.ipynb #472c4174
 def _exact(x, axis, D, bn=True):
-    "The same of all of `x`, in parts of its channels: `[6,parts,C,parts]`. Without `bn` a part's sum of squares need not be good beside its mean, only the layer's"
+    """The same of all of `x`, in parts of its channels: `[6,parts,C,parts]`.
+    Without `bn` a part's sum of squares need not be good beside its mean, only the layer's"""
     if x.dtype not in (torch.float32,torch.float64): x = x.float()
     if axis is None: x,axis = x.reshape(1, 1, -1),1
     if _is_cpu(x.device):
@@ -149,13 +158,15 @@ def _join(n, m, sq):
 _Plan = namedtuple('_Plan', 'n k idx C K chans span axis')
 
 class _Buffer:
-    "Samples of tensors on one device and of one precision, a row each, and what was computed from them; histograms of the first `hist` layers"
+    """Samples of tensors on one device and of one precision, a row each, and what was computed from them; histograms of the first
+    `hist` layers"""
     def __init__(self, rows, size, device, dtype, hist, exact):
         self.hist,self.exact,self.meta,self.done = hist,exact,[],[]
         with torch.inference_mode(False):
             self.x = torch.empty(rows, size, device=device, dtype=dtype)
             self.rows = self.x.unbind(0)
-            self.room,self.some,self.ints = (self.x.new_empty(2**18 if _is_cpu(device) else 0, dtype=t) for t in (dtype,dtype,torch.int32))   # kept, since fresh memory is slow
+            kept = 2**18 if _is_cpu(device) else 0    # since fresh memory is slow
+            self.room,self.some,self.ints = (self.x.new_empty(kept, dtype=t) for t in (dtype,dtype,torch.int32))
 
     def add(self, x, meta):
         if len(self.meta)==len(self.rows): self.reduce()   # not before: a BatchNorm may have claimed the last row
@@ -173,7 +184,8 @@ class _Buffer:
             if rows[-1]-rows[0]<len(rows): yield k,[self.meta[r] for r in rows],x[rows[0]:rows[-1]+1]; continue
             step = len(self.some)//x.shape[1] or len(rows)
             for part in (rows[i:i+step] for i in range(0, len(rows), step)):
-                yield k,[self.meta[r] for r in part],torch.index_select(x, 0, torch.tensor(part, device=x.device), out=_room(self.some, x[:len(part)]))
+                at = torch.tensor(part, device=x.device)
+                yield k,[self.meta[r] for r in part],torch.index_select(x, 0, at, out=_room(self.some, x[:len(part)]))
 
     def reduce(self):
         "Compute everything about the rows so far, for all of them at once"
@@ -199,6 +211,13 @@ class _Buffer:
         return [(k, ms, flat[e-t.numel():e].reshape(t.shape)) for (k,ms,t),e in zip(done, ends)]
 
 # %% ../nbs/04a_recorder.ipynb #37587d96
+_lists = nn.ParameterList,nn.ParameterDict
+
+def _attr(m, name):
+    "An attribute that may not be there, or be a property that raises"
+    try: return getattr(m, name, None)
+    except Exception: return None
+
 def _unwrap(model):
     "The model inside `torch.compile`, `DataParallel`, `DistributedDataParallel` and `AveragedModel`"
     inner = _attr(model, 'module' if isinstance(model, _wrappers) else '_orig_mod')
@@ -225,15 +244,16 @@ def _matches(named, o):
     if isinstance(o, str): return [n for n in named if fnmatchcase(n, o)]
     if isinstance(o, nn.Module): return [n for n,m in named.items() if m is _unwrap(o)]
     if isinstance(o, type): return [n for n,m in named.items() if isinstance(m, o)]
-    if not callable(o): raise TypeError('`layers` takes names or patterns (`"0.*.conv?"`), types, modules, or a function of name and module; '
-                                        f'received {o!r}: see `model.named_modules()` for the names.')
+    if not callable(o): raise TypeError('`layers` takes names or patterns (`"0.*.conv?"`), types, modules, '
+        f'or a function of name and module; received {o!r}: see `model.named_modules()` for the names.')
     try: return [n for n,m in named.items() if o(n, m)]
     except TypeError as e: raise TypeError('`layers`: a function is called with the name of each module and the module, '
                                            f'`lambda name,module: ...`. {e}') from e
 
 def _no_match(model, named, o):
     what = o if isinstance(o, str) else getattr(o, '__name__', type(o).__name__)
-    by_type = f'To choose by type: `nn.{o}`, without quotes. ' if isinstance(o, str) and any(type(m).__name__==o for m in named.values()) else ''
+    is_type = isinstance(o, str) and any(type(m).__name__==o for m in named.values())
+    by_type = f'To choose by type: `nn.{o}`, without quotes. ' if is_type else ''
     return (f'`layers`: no module of this {type(model).__name__} matches {what!r}. {by_type}'
             f'Its {len(named)} modules are called {", ".join(list(named)[len(named)>1:6])}, ...: see `model.named_modules()`.')
 
@@ -297,18 +317,11 @@ _norms = tuple(getattr(nn, o) for o in ('LayerNorm','RMSNorm') if hasattr(nn, o)
 _first = 'out_channels','num_features','num_channels'
 _last = 'out_features','embedding_dim','hidden_size','embed_dim'
 
-def _attr(m, name):
-    "An attribute that may not be there, or be a property that raises"
-    try: return getattr(m, name, None)
-    except Exception: return None
-
 def _own_params(m):
     "Parameters of `m` itself, those in a `ParameterList` or `ParameterDict` too"
     yield from m.parameters(recurse=False)
     for c in m.children():
         if isinstance(c, _lists): yield from c.parameters()
-
-_lists = nn.ParameterList,nn.ParameterDict
 
 def _axis_rule(m):
     "The `_Rule` of a module"
@@ -329,7 +342,7 @@ class ActivationRecorder:
     "Statistics of what the layers of `model` put out while the recorder is on: `with rec: model(x)`, then `rec.record`"
     def __init__(self,
         model:nn.Module, # Any model, compiled or wrapped for several devices too
-        layers=None, # Names, patterns such as `'0.*.conv?'`, types, modules, or `f(name, module)->bool`; None: the innermost modules with parameters
+        layers=None, # Names, patterns like `'0.*.conv?'`, types, modules, `f(name, module)->bool`; None: innermost modules with parameters
         hist:bool=True, # Histograms too?
         sample:int=4096, # Values looked at per layer and batch; None: all, exactly, but for histograms, which are of 4096
         grads:bool=False # Also of the gradients with respect to the outputs?
@@ -388,7 +401,9 @@ class ActivationRecorder:
         self._bufs,self._plans = {},{}
 
 @patch
-def look_at(self:ActivationRecorder, model):
+def look_at(self:ActivationRecorder,
+    model # An `nn.Module`
+):
     "Watch `model` from now on: the same one, changed, or another with layers of the same names. Others keep their rows, and are not seen"
     try: now = _select(model, self.chosen)
     except ValueError: now = {}
@@ -403,8 +418,8 @@ ActivationRecorder.strange = ActivationRecorder.missing = ()
 def _is_compiled(model):
     "Is `model` compiled, or a part of it, or a method?"
     def compiled(f): return isinstance(f, FunctionType) and hasattr(f, '_torchdynamo_orig_callable')
-    return any('_orig_mod' in m._modules or m._compiled_call_impl is not None or any(map(compiled, [*vars(m).values(), *vars(type(m)).values()]))
-               for m in model.modules())
+    def has(m): return any(map(compiled, [*vars(m).values(), *vars(type(m)).values()]))
+    return any('_orig_mod' in m._modules or m._compiled_call_impl is not None or has(m) for m in model.modules())
 
 # %% ../nbs/04a_recorder.ipynb #d3fc52ca
 @patch
@@ -441,7 +456,7 @@ def _take(self:ActivationRecorder, x, row, rule, bn=None):
         if p.idx is not None: b.add(x, meta)
     return meta
 
-# %% ../nbs/04a_recorder.ipynb #acc0ed3d
+# %% ../nbs/04a_recorder.ipynb #b4671353
 class _Hook:
     "What a copied module or a pickle has instead: a function of the standard library that takes anything and does nothing"
     def __reduce__(self): return getattr,(nullcontext(),'__exit__')
@@ -578,7 +593,8 @@ def _as_rows(done):
     N = np.add.reduceat(n, at)
     mean = np.add.reduceat(n*m, at)/np.maximum(N, 1)
     dev = np.add.reduceat(sq+n*(m-np.repeat(mean, size))**2, at)
-    yield 'mom',[ms[0] for ms,_ in done],np.stack([N, mean, dev, np.minimum.reduceat(lo, at), np.maximum.reduceat(hi, at), np.add.reduceat(near, at)])
+    ends = np.minimum.reduceat(lo, at),np.maximum.reduceat(hi, at)
+    yield 'mom',[ms[0] for ms,_ in done],np.stack([N, mean, dev, *ends, np.add.reduceat(near, at)])
     for (ms,A),still in zip(done, np.logical_or.reduceat(_still(lo, hi), at)):
         _,bn,p = ms[0]
         if p.K>1: yield 'still',ms,_still(A[3].min((0,2)), A[4].max((0,2)))[None] if still else np.zeros((1,p.C))
@@ -611,7 +627,9 @@ def _assemble(self:ActivationRecorder, done):
     for kind,ms,A in _as_rows(done):
         if kind=='mom': calls += [(m,a) for m,a in zip(ms, A.T) if m[0] is not None]
         elif kind=='hist': hists.update((id(m),a) for m,a in zip(ms, A))
-        elif kind=='still': dead.update((m[0],np.fmax(dead.get(m[0], np.nan), self._dead_share(m[0], m[2].K, a>0))) for m,a in zip(ms, A) if m[0] is not None)
+        elif kind=='still':
+            for (row,_,p),a in zip(ms, A):
+                if row is not None: dead[row] = np.fmax(dead.get(row, np.nan), self._dead_share(row, p.K, a>0))
         else:
             ref = np.stack([r if p.chans is None else r[:,p.chans] for r,p in ((self.refs[bn],p) for _,bn,p in ms)])
             self._feeds.update(m[0] for m in ms)
@@ -667,7 +685,10 @@ def _why_nothing(self:ActivationRecorder):
     if self.unread: return '; '.join(f'{self.few(rows)} put out {why}' for why,rows in self.unread.items()) + '.'
 
 @patch
-def few(self:ActivationRecorder, rows, n=5):
+def few(self:ActivationRecorder,
+    rows, # Numbers of rows
+    n:int=5 # Show no more names than this
+):
     "The names of `rows`, or of the first `n`"
     names = [self.names[i] for i in sorted(rows)]
     return ', '.join(names[:n]) + ', ...'*(len(names)>n)

@@ -347,3 +347,28 @@ def test_a_logger_on_one_process_does_not_wait_for_the_others(work, who):
 
 def test_processes_with_different_numbers_of_batches_do_not_wait_for_each_other():
     for said, counts in in_two_processes(_uneven): assert not said and counts in ([8]*4+[4]*2+[8]*4+[4]*2, [8]*8)
+
+
+@pytest.mark.parametrize('grads', [False, True])
+@pytest.mark.parametrize('f', [lambda l, al: al.reset(), lambda l, al: l.remove_cb(al), lambda l, al: al.__setstate__(al.__getstate__())])
+def test_what_happens_to_the_logger_within_the_call(f, grads, tmp_path):
+    learn = get_learner(tmp_path, al := ActivationLogger(grads=grads))
+    clean, n, real = traces(learn.model), [], learn.model[2].forward
+    def forward(x):
+        n.append(1)
+        if len(n) == 2: f(learn, al)
+        return real(x)
+    learn.model[2].forward = forward
+    assert fit(learn) is None
+    del learn.model[2].forward
+    check(learn, al, clean)
+
+
+def test_distances_after_a_failed_fit_are_from_where_training_began(tmp_path):
+    def fail(learn): raise RuntimeError('x')
+    learn = get_learner(tmp_path, al := ActivationLogger())
+    learn.model[1].running_mean += 1
+    assert fit(learn) is None
+    ref = al._rec.refs[1]
+    fit(learn, At('after_loss', True, fail, 0))
+    assert fit(learn) is None and al._rec.refs[1] is ref
