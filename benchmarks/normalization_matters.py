@@ -39,9 +39,9 @@ from scipy import stats
 from torch import nn
 from torchvision import transforms as T
 
-from fastai_normx.cli import _lite0_weights, _photos, _tiles
 from fastai_normx.constants import Affine, families
 from fastai_normx.expected import expected_stats
+from fastai_normx.lessons import offline_lite0, photos, tiles
 from fastai_normx.recorder import ActivationRecorder
 from fastai_normx.stats import ChannelStats
 from backbones import BACKBONES
@@ -206,11 +206,8 @@ def sec_cameras(a, save):
 
 def photographs():
     "uint8 `[60,3,224,224]`: five crops each of twelve photographs from scikit-learn and scikit-image"
-    import skimage.data
-    from sklearn.datasets import load_sample_images
-    ims = [*load_sample_images().images, *(getattr(skimage.data, k)() for k in _photos)]
     tfm = T.Compose([T.Resize(256, T.InterpolationMode.BICUBIC), T.FiveCrop(224), lambda cs: torch.stack([T.functional.pil_to_tensor(c) for c in cs])])
-    return torch.cat([tfm(Image.fromarray(o).convert('RGB')) for o in ims])
+    return torch.cat([tfm(Image.fromarray(o).convert('RGB')) for o in photos().values()])
 
 def first_layer(model, x):
     "How far a mistake `x -> a*x+b` moves the first BatchNorm's output, in its own standard deviations (root mean square), in float64"
@@ -294,9 +291,9 @@ def tiny(norm_layer):
 
 def train_tiny(norm_layer, seed, epochs=10, bs=64, lr=2e-3):
     "Train on tiles with 0.5 / 0.5; accuracy by pipeline, BatchNorm frozen and on batch statistics"
-    tiles = _tiles(n_train=120, n_valid=40)
-    x, vocab = torch.from_numpy(np.stack([t[0] for t in tiles])).permute(0, 3, 1, 2), sorted({t[1] for t in tiles})
-    y, valid = torch.tensor([vocab.index(t[1]) for t in tiles]), torch.tensor([t[2] for t in tiles])
+    cut = tiles(n_train=120, n_valid=40)
+    x, vocab = torch.from_numpy(np.stack([t.image for t in cut])).permute(0, 3, 1, 2), sorted({t.label for t in cut})
+    y, valid = torch.tensor([vocab.index(t.label) for t in cut]), torch.tensor([t.is_valid for t in cut])
     xt, yt, xv, yv = x[~valid], y[~valid], x[valid], y[valid]
     torch.manual_seed(seed)
     m = tiny(norm_layer)
@@ -364,7 +361,7 @@ def learner(x, y, ms, seed, n_train, **kw):
     sets = [[(TensorImage(x[i]), TensorCategory(y[i])) for i in o] for o in split(y, seed, n_train)]
     dls = DataLoaders.from_dsets(*sets, bs=32, val_bs=64, num_workers=0, device='cpu', after_batch=[IntToFloatTensor(), Normalize.from_stats(*ms, cuda=False)])
     dls.c = 2
-    learn = vision_learner(dls, ARCH, normalize=False, n_out=2, loss_func=nn.CrossEntropyLoss(), pretrained_cfg_overlay=dict(state_dict=_lite0_weights()), **kw)
+    learn = vision_learner(dls, ARCH, normalize=False, n_out=2, loss_func=nn.CrossEntropyLoss(), **offline_lite0(), **kw)
     learn.model.to(memory_format=torch.channels_last)
     return learn
 

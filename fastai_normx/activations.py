@@ -20,8 +20,8 @@ from fastcore.foundation import L
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from .warn import NormxWarning,warn_user
-from .recorder import (ActivationRecorder,_bins,_bn_ref,_check_sample,_cols,_columns,_edges,_frame,_is_compiled,_max,_mean,
-                                   _merge,_merge_hists,_min,_n,_select,_var)
+from .recorder import (ActivationRecorder,_bins,_bn_ref,_check_sample,_cols,_columns,_edges,_first_of,_frame,_is_compiled,
+                                   _max,_mean,_merge,_merge_hists,_min,_n,_select,_var)
 
 # %% ../nbs/04_activations.ipynb #86f3cb68
 _all_ = ['ActivationRecorder']
@@ -574,7 +574,6 @@ def _alert(self:ActivationLogger, meta, rec):
 
 @patch
 def _title(self:ActivationLogger, i): return f'{self._rec.names[i]} ({type(self._rec.layers[self._rec.names[i]]).__name__})'
-def _first_of(names, n): return ', '.join(names[:n]) + ', ...'*(len(names)>n)
 
 # %% ../nbs/04_activations.ipynb #81f219cb
 @patch

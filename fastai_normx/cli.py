@@ -14,7 +14,6 @@ from pathlib import Path
 from fastcore.script import anno_parser,call_parse
 from .expected import ExpectedStatsWarning,expected_stats
 from .lessons import offline_lite0,tiles
-from .lessons import _photos,lite0_weights as _lite0_weights,tiles as _tiles  # by their former names, for the benchmarks
 
 # %% ../nbs/05_cli.ipynb #816ab571
 def _rows(names, n_in):

@@ -43,7 +43,7 @@ def still(stats):
 
 def _channel_count(v, E, case):
     "A finding about the number of channels, or None"
-    def finding(what, fix, code=''): return Finding('channel_count', 'error', what, fix, 1., code)
+    def finding(what, fix, code=''): return Finding('channel_count', 'error', what, fix, 1., code, dict(source=E) if code else {})
     if v.ndim==5 and v.n_in==1 and E.n_in>1:
         axes = 'The batches have an axis too many: 5, with one channel on axis 1. A `Normalize` in item_tfms does that.'
         code = f'{case.dls}.normalize_for({case.source})' if case.dls else ''
@@ -123,7 +123,7 @@ class Mend:
     "How to mend a fault"
     text:str # For people, code in backticks
     code:str='' # The same to execute; '': it takes a person
-    args:dict=field(default_factory=dict) # Of `normalize_for`, besides the source
+    args:dict=field(default_factory=dict) # Of `normalize_for`; empty without `code`
 
 _greatest = dict(bytes=(255,), wide=(1023,4095,16383,65535), floats=(1,255))
 
@@ -142,9 +142,9 @@ def mend(e, A, case):
     if not case.dls or not said.mendable: return Mend(normal)
     top = _range_in(said, A)
     if top:
-        args = dict(div=top) if top!=(said.div or 1) else {}
-        code = f'{case.dls}.normalize_for({", ".join([case.source, *(f"{k}={v}" for k,v in args.items())])})'
-        return Mend(f'`{code}`' + ', before you train'*case.new, code, args)
+        div = dict(div=top) if top!=(said.div or 1) else {}
+        code = f'{case.dls}.normalize_for({", ".join([case.source, *(f"{k}={v}" for k,v in div.items())])})'
+        return Mend(f'`{code}`' + ', before you train'*case.new, code, dict(source=E)|div)
     culprit = f'`{"`, `".join(said.unknown)}`' if said.unknown else 'the dataset, a transform or a callback'
     return Mend(f'{culprit} changes the images before the model: take that out, then `{case.dls}.normalize_for({case.source})`')
 
@@ -173,15 +173,18 @@ def _fault(name, e, case):
     details = f'{who_says(E)} expects {constants_text(E)}. Applied: {constants_text(A.map)}, {A}.'
     return Finding(kind, 'error', message, m.text, share, m.code, m.args, details, (name,)),measured
 
+def _as_trained(case):
+    "`case` with what the learner has trained with as what is expected"
+    return dataclasses.replace(case, expected=case.learned, learned=None, source=as_code(case.learned))
+
 def _after_training(name, e, case):
     "The same for a learner that has trained with other constants than `case.expected`; None: it may still learn those"
     E,A,learned = case.expected,e.applied,case.learned
     if A.map.same(learned, .02): return _keep(name, A, case),{}
     if case.training: return
-    as_trained = dataclasses.replace(case, expected=learned, learned=None, source=as_code(learned))
-    fault,measured = _fault(name, e, as_trained)
+    fault,measured = _fault(name, e, _as_trained(case))
     if A.map.same(E, .02): fault = _switched(fault, case)
-    return dataclasses.replace(fault, args=fault.args|dict(source=learned) if fault.code else {}),measured
+    return fault,measured
 
 def _keep(name, A, case):
     "What to say of constants that are not the backbone's, and that the weights have learned"
@@ -302,7 +305,7 @@ def _differently(evidence):
 
 def _split(evidence, known, case):
     "The finding that the sets `known`, `{name: Applied}`, are normalized differently"
-    if case.learned: case = dataclasses.replace(case, expected=case.learned, source=as_code(case.learned))
+    if case.learned: case = _as_trained(case)
     E = case.expected
     wrong = {n:A for n,A in known.items() if not A.map.same(E, .02)}
     mends = [mend(evidence[n], A, case) for n,A in wrong.items()]
@@ -312,8 +315,7 @@ def _split(evidence, known, case):
     details = '. '.join(f'{n.capitalize()}: {constants_text(A.map)}, {A}' for n,A in known.items())
     share = max(harm(E, A.map) for A in wrong.values())
     message = f'The sets are normalized differently: {what}; {who(E)} expects {in_words(E)}.'
-    args = m.args|dict(source=E) if m.code and case.learned else m.args
-    return Finding('split_mismatch', 'error', message, m.text, 1+share, m.code, args, details+'.')
+    return Finding('split_mismatch', 'error', message, m.text, 1+share, m.code, m.args, details+'.')
 
 # %% ../nbs/03h_judge.ipynb #03b7de36
 def _opaque(case): return case.inside is not None and case.inside.map is None

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from .expected import _import
+from .warn import NormxWarning
 
 # %% ../nbs/06_lessons.ipynb #06a1e508
 _photos = dict(astronaut='astronaut', chelsea='cat', coffee='coffee', rocket='rocket', retina='retina', immunohistochemistry='tissue',
@@ -92,12 +93,11 @@ def say(
     for l in str(o).splitlines(): print(textwrap.fill(l, width, break_long_words=False))
 
 # %% ../nbs/06_lessons.ipynb #06a1e530
-def _ours(w, cls, start):
-    return (issubclass(w.category, cls) if cls else w.category.__module__.startswith('fastai_normx')) and str(w.message).startswith(start)
+def _those(ws, cls=NormxWarning, start=''): return [w for w in ws if issubclass(w.category, cls) and str(w.message).startswith(start)]
 
 @contextmanager
 def heard(
-    cls:type=None, # Category; None: any of this package's
+    cls:type=NormxWarning, # Category; all of this package's are a `NormxWarning`
     start:str='', # How the message begins
     n:int=None # Print the first `n`; None: all
 ):
@@ -105,8 +105,8 @@ def heard(
     with warnings.catch_warnings(record=True) as ws:
         warnings.simplefilter('always')
         yield ws
-    ours = [w for w in ws if _ours(w, cls, start)]
-    assert ours, f'expected a warning, {cls or "one of this package"}, and heard {[str(w.message) for w in ws]}'
+    ours = _those(ws, cls, start)
+    assert ours, f'expected a warning, {cls}, and heard {[str(w.message) for w in ws]}'
     for w in ours[:n]: say(f'{w.category.__name__}: {w.message}')
 
 # %% ../nbs/06_lessons.ipynb #06a1e533
@@ -116,5 +116,5 @@ def silence():
     with warnings.catch_warnings(record=True) as ws:
         warnings.simplefilter('always')
         yield
-    ours = [str(w.message) for w in ws if _ours(w, None, '')]
+    ours = [str(w.message) for w in _those(ws)]
     assert not ours, f'expected no warning, and heard {ours}'

@@ -158,8 +158,8 @@ def normalize_for(self:DataLoaders,
 )->DataLoaders: # The same object
     "Put exactly one `Normalize`, with the constants that `source` expects, on every loader"
     _check_normalizable(self, div)
-    nrm = Normalize.from_pretrained(source, dim, ndim, cuda, n_in=n_in, extra=extra)
     if isinstance(source, Learner) and source.dls is self: remember(source)
+    nrm = Normalize.from_pretrained(source, dim, ndim, cuda, n_in=n_in, extra=extra)
     for dl in self.loaders:
         _take_out(dl, Normalize)
         if div is not None: _divide_by(dl, div)

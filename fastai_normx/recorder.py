@@ -690,8 +690,9 @@ def few(self:ActivationRecorder,
     n:int=5 # Show no more names than this
 ):
     "The names of `rows`, or of the first `n`"
-    names = [self.names[i] for i in sorted(rows)]
-    return ', '.join(names[:n]) + ', ...'*(len(names)>n)
+    return _first_of([self.names[i] for i in sorted(rows)], n)
+
+def _first_of(names, n): return ', '.join(names[:n]) + ', ...'*(len(names)>n)
 
 @patch
 def to_df(self:ActivationRecorder): # A `DataFrame`

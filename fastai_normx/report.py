@@ -33,7 +33,7 @@ class Finding:
     fix:str # The line of code that mends it, or what to do
     harm:float=0. # Estimated share of accuracy that it costs a pretrained model that is used as it is, 0 to 1
     code:str='' # The fix as code that runs as it stands, with the name that was asked, `dls` or `learn`; '': there is none
-    args:dict=field(default_factory=dict) # Arguments of `normalize_for` in `code`, besides the `source`, if that is what the report expects
+    args:dict=field(default_factory=dict) # Arguments of `normalize_for` in `code`, with the constants as `source`
     details:str='' # How we know, and the numbers
     sets:tuple=() # Names of the sets that it is about; empty: all
     sure:bool=True # Read off the values or the pipeline? False: concluded from values that do not fit
@@ -92,7 +92,7 @@ def fix(self:MatchReport)->DataLoaders:
     "Do what the worst finding says: put the expected `Normalize` on every loader that was examined. Raises if that would not mend it"
     worst = next((f for f in self.findings if f.severity!='note'), None)
     mendable = worst.code if worst else self.ok
-    if self.dls is not None and mendable: return self.dls.normalize_for(**dict(source=self.expected) | (worst.args if worst else {}))
+    if self.dls is not None and mendable: return self.dls.normalize_for(**(worst.args if worst else dict(source=self.expected)))
     what = worst.fix if worst else self.reason or 'nothing is wrong'
     why = 'This report has no pipeline that `fix` could mend' if self.dls is None else '`fix` changes nothing here'
     raise ValueError(f'{why}: {what.rstrip(".")}.')

@@ -269,6 +269,16 @@ def ops(graphs): return {str([n.target for n in g.graph.nodes if n.op != 'placeh
 hows = ['method', 'class method', 'forward', 'submodule in place', 'in place', 'whole']
 
 
+def without_logger(how, tmp_path):
+    "The graphs of a fit that nobody records"
+    torch._dynamo.reset()
+    learn = get_learner(tmp_path)
+    learn.model, graphs = compiled(how)
+    learn.create_opt()
+    assert fit(learn) is None
+    return graphs
+
+
 @pytest.mark.parametrize('how', hows)
 @pytest.mark.parametrize('every', [1, 2])
 def test_compiled_parts_are_recorded_and_stay_whole(how, every, tmp_path):
@@ -283,11 +293,7 @@ def test_compiled_parts_are_recorded_and_stay_whole(how, every, tmp_path):
     assert bool(graphs) == (every == 2)        # the others run compiled
     learn.remove_cb(al)
     assert fit(learn) is None
-    torch._dynamo.reset()
-    other = get_learner(tmp_path)
-    other.model, alone = compiled(how)
-    other.create_opt()
-    assert fit(other) is None and ops(graphs) and ops(graphs) <= ops(alone)    # no graph is split or differs
+    assert ops(graphs) and ops(graphs) <= ops(without_logger(how, tmp_path))    # no graph is split or differs
     assert torch._dynamo.eval_frame._stance.stance == 'default'
 
 
@@ -306,11 +312,7 @@ def test_torch_that_cannot_run_compiled_code_as_written(how, tmp_path, monkeypat
     assert len(said) == (how in ('in place', 'whole', 'forward')) and all('torch 2.6' in o for o in said), said
     learn.remove_cb(al)
     assert fit(learn) is None
-    torch._dynamo.reset()
-    other = get_learner(tmp_path)
-    other.model, alone = compiled(how)
-    other.create_opt()
-    assert fit(other) is None and ops(graphs) and ops(graphs) <= ops(alone)
+    assert ops(graphs) and ops(graphs) <= ops(without_logger(how, tmp_path))
 
 
 # ---- some processes only
