@@ -15,7 +15,7 @@ from torch import nn
 from .constants import as_code,constants_text,mistakes,numbers,plain,short
 from .evidence import why_not
 from .expected import NormStats
-from .harm import corrected,harm,impact
+from .harm import corrected,harm,impact,in_points
 from .inside import Inside
 from .report import Finding,MatchReport,in_words,who,who_says,worst_first
 from .view import pooled,sliver
@@ -33,6 +33,8 @@ class Case:
     learned:NormStats=None # What the learner has trained with; None: nothing, as far as is known
     training:bool=False # Is it training now, so that it may learn other constants?
     new:bool=False # Is the model in a learner that may still be trained?
+    norm:str=None # Kind of the model's normalization layers, from `norm_kind`; None: not known, or none
+    absorbs:str='' # What they do about wrong constants, as a sentence; '': not known
 
 # %% ../nbs/03h_judge.ipynb #03b7de12
 _many_constant = 32 # Images of one value that are no coincidence
@@ -107,15 +109,11 @@ def _cause(kind, what, A, case):
     if kind=='normalized_twice': return f'The images are normalized twice, {what}; {wants}, once.'
     return f'The images are normalized with {what}; {wants}.'
 
-_top1 = 88 # Per cent of 500 ImageNet photographs that EfficientNet-Lite0 gets right with the constants it expects
-
-def cost_text(share, measured):
-    "What a fault costs: `measured` with the model, or else estimated, a share of its accuracy"
+def cost_text(expected, applied, norm, measured):
+    "What a fault costs: `measured` with the model, or else estimated for its kind of normalization layers"
     if 'changed' in measured: return f'With the expected input {measured["changed"]:.0%} of this model\'s answers change.'
     if measured: return f'The expected input moves its output by a cosine distance of {measured["cosine_distance"]:.2f}.'
-    if share<.005: return ''
-    points = f'about {share*_top1:.0f} points of accuracy' if share<.9 else 'nearly all accuracy'
-    return f'Without training it costs {points} (estimate for EfficientNet-Lite0).'
+    return in_points(expected, applied, norm)
 
 # %% ../nbs/03h_judge.ipynb #03b7de21
 @dataclass(frozen=True)
@@ -167,9 +165,9 @@ def _fault(name, e, case):
     kind,what = mistake(A.map, E)
     if _twice_with_model(kind, A, case): kind = 'in_model'
     if A.bits: kind = 'wrong_range'
-    share,measured = harm(E, A.map),_measure(case, e.view, A)
+    share,measured = harm(E, A.map, case.norm),_measure(case, e.view, A)
     m = mend(e, A, case)
-    message = ' '.join(filter(None, (_cause(kind, what, A, case), cost_text(share, measured))))
+    message = ' '.join(filter(None, (_cause(kind, what, A, case), cost_text(E, A.map, case.norm, measured))))
     details = f'{who_says(E)} expects {constants_text(E)}. Applied: {constants_text(A.map)}, {A}.'
     return Finding(kind, 'error', message, m.text, share, m.code, m.args, details, (name,)),measured
 
@@ -193,7 +191,7 @@ def _keep(name, A, case):
                f'Before training, {who(E)} expected {in_words(E)}.')
     fix = 'keep them in this model, and ship them: `applied_stats(learn).save(path)`. In the next one, `normalize_for` before training.'
     details = f'{who_says(E)} expects {constants_text(E)}. Applied: {constants_text(A.map)}, {A}.'
-    return Finding(mistake(A.map, E)[0], 'warning', message, fix, harm(E, A.map), details=details, sets=(name,))
+    return Finding(mistake(A.map, E)[0], 'warning', message, fix, harm(E, A.map, case.norm), details=details, sets=(name,))
 
 def _switched(fault, case):
     "`fault` if the constants are the backbone's by now, and the weights have learned others"
@@ -268,7 +266,7 @@ def look_order(view, E, rgb):
 # %% ../nbs/03h_judge.ipynb #03b7de32
 _far = .1 # In pixel units, beyond the margin
 
-def look_shift(view, E, model):
+def look_shift(view, E, norm):
     "A note if the images are unlike those of pretraining, or None"
     if not E.ref_mean or len(view)<8: return
     raw = view.stats.inverse(*E)
@@ -279,13 +277,12 @@ def look_shift(view, E, model):
     means = f'Mean {short(raw.mean.tolist())} against {short(E.ref_mean)}'
     stds = f'std {short(raw.std.tolist())} against {short(E.ref_std)}'
     return Finding('domain_shift', 'note', 'The constants are right, and the images differ from those of pretraining.',
-        f'nothing in the pipeline. Keep the constants of the backbone; {_adapts(model)}', details=f'{means}, {stds}, {len(view)} images.')
+        f'nothing in the pipeline. Keep the constants of the backbone; {_adapts(norm)}', details=f'{means}, {stds}, {len(view)} images.')
 
-def _adapts(model):
-    "What in `model` gets used to other images"
-    if not isinstance(model, nn.Module): return 'BatchNorm that trains adapts to it, LayerNorm and frozen BatchNorm do not'
-    has_batchnorm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    if has_batchnorm: return "its BatchNorm adapts to it while it trains (`train_bn=True`, fastai's default)"
+def _adapts(norm):
+    "Which normalization layers get used to other images"
+    if norm is None: return 'BatchNorm that trains adapts to it, LayerNorm and frozen BatchNorm do not'
+    if norm!='LayerNorm': return "its BatchNorm adapts to it while it trains (`train_bn=True`, fastai's default)"
     return 'it has no BatchNorm that could adapt, so give training more time'
 
 # %% ../nbs/03h_judge.ipynb #03b7de35
@@ -313,7 +310,7 @@ def _split(evidence, known, case):
     m = mends[0] if alike else Mend(f'use one transform for all sets, with {in_words(E)}')
     what = ', '.join(f'the {n} with {in_words(A.map)}' for n,A in known.items()).replace('with pixels in [0,1]', 'not at all')
     details = '. '.join(f'{n.capitalize()}: {constants_text(A.map)}, {A}' for n,A in known.items())
-    share = max(harm(E, A.map) for A in wrong.values())
+    share = max(harm(E, A.map, case.norm) for A in wrong.values())
     message = f'The sets are normalized differently: {what}; {who(E)} expects {in_words(E)}.'
     return Finding('split_mismatch', 'error', message, m.text, 1+share, m.code, m.args, details+'.')
 
@@ -337,7 +334,7 @@ def _content(evidence, case):
     "Notes about the images themselves, once they are known to be normalized as expected"
     both = pooled([e.view for e in evidence.values()])
     rgb = all(e.said.rgb for e in evidence.values())
-    return [f for f in (look_order(both, case.expected, rgb) or look_shift(both, case.expected, case.model),) if f]
+    return [f for f in (look_order(both, case.expected, rgb) or look_shift(both, case.expected, case.norm),) if f]
 
 def judge(
     evidence:dict, # `{name of the set: Evidence}`
@@ -368,4 +365,7 @@ def _report(found, evidence, case, measured):
     raw = A and view.stats.inverse(*A.map)
     reason = _reason(evidence, case) if outcome=='cannot tell' else ''
     views = {n:e.view for n,e in evidence.items()}
-    return MatchReport(outcome, found, case.expected, applied, view.stats, raw, measured, reason, views=views)
+    absorbs = case.absorbs if any(f.kind in _by_constants and f.severity=='error' for f in found) else ''
+    return MatchReport(outcome, found, case.expected, applied, view.stats, raw, measured, reason, absorbs, views=views)
+
+_by_constants = 'not_normalized','normalized_twice','wrong_stats','wrong_range','split_mismatch','in_model'

@@ -17,12 +17,14 @@ from torch.utils.data import Dataset
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.callback.core import Callback
+from fastai.callback.training import BnFreeze
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import no_random,rank_distrib
 from .constants import as_code
 from .evidence import examine_all
 from .expected import NormStats,_behind,_from_inside,_stated,expected_stats
+from .harm import absorbs,norm_kind
 from .infer import infer_normalization
 from .inside import inside,random_weights
 from .judge import Case,judge
@@ -38,12 +40,22 @@ from .warn import warn_user
 _all_ = ['Finding','MatchReport','StatsMatchWarning','infer_normalization']
 
 # %% ../nbs/03_match.ipynb #m4tch002
+def _outline(expected):
+    "The timm model that expects `expected`, without memory for its weights; None: timm does not say so"
+    library,_,name = expected.source.partition(': ')
+    if not library.startswith('timm '): return
+    import timm
+    try:
+        with torch.device('meta'),no_random(): return timm.create_model(name, pretrained=False)
+    except Exception: return # its name is enough for constants, not for a model
+
 def _case(
     expected, # What `expected_stats` takes
     net, # An `nn.Module`, or None: not known
     x=None, inputs=None, # A batch of images, and all arguments of the model
     n_in=None, dim=1,
     channels=None, # Of the images, for constants that hold for any number of them
+    bn_freeze=False, # Does fastai's `BnFreeze` work on the model?
     **kwargs # Of `Case`
 )->Case:
     "What is to be judged"
@@ -53,6 +65,8 @@ def _case(
         if not found or not found.map: raise
         backbone = _from_inside(found)
     if channels: backbone = backbone.spread(channels)
+    layers = next((o for o in (net, expected, getattr(expected, 'model', None)) if isinstance(o, nn.Module)), None) or _outline(backbone)
+    kwargs |= dict(norm=norm_kind(layers), absorbs=absorbs(layers, bn_freeze))
     if not found or not found.map or found.map.n_in!=backbone.n_in: return Case(backbone, found, **kwargs)
     return Case(_behind(backbone, found), found, backbone, **kwargs)
 
@@ -172,6 +186,8 @@ def _code(expected, E):
     if expected is None: return 'learn'
     return repr(expected) if isinstance(expected, str) else as_code(E)
 
+def _freezes_bn(learn): return learn is not None and any(isinstance(cb, BnFreeze) for cb in learn.cbs)
+
 def _with_history(case, learn, training=False):
     "`case` with what `learn` has trained with"
     learned = trained_with(learn)
@@ -208,7 +224,7 @@ def stats_match(
     with no_random(): sets,first = _look(data, source, n_items, dim, n_in)
     _check_seen(sets)
     channels = next(iter(sets.values()))[0].n_in
-    case = _case(source, model, *first, n_in, dim, channels, model=model)
+    case = _case(source, model, *first, n_in, dim, channels, _freezes_bn(learn), model=model)
     case = _named(case, expected, dls, 'learn.dls' if learn else 'dls')
     asked = learn if expected is None else expected
     if isinstance(asked, Learner): case = _with_history(case, asked)
@@ -367,7 +383,8 @@ def _start(self:StatsMatch, x):
         if asked is None:
             self._note(f'StatsMatch has nothing to compare: {why[0].lower()+why[1:]} {_use_own}')
             return False
-    case = _case(learn if asked is None else asked, learn.model, x, (tuple(learn.xb),{}), self.n_in, self.axis, x.shape[self.axis])
+    case = _case(learn if asked is None else asked, learn.model, x, (tuple(learn.xb),{}), self.n_in, self.axis,
+                 x.shape[self.axis], _freezes_bn(learn))
     case = _named(case, asked, learn.dls, 'learn.dls')
     self._case = _with_history(case, learn, self.training) if asked is None else case
     self._files = _deep(learn.dls)

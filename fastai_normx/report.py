@@ -76,6 +76,7 @@ class MatchReport:
     raw:ChannelStats=None # The same, undone to pixels in [0,1]; None if `applied` is unknown
     impact:dict=field(default_factory=dict) # Measured with `model=`: `n`, `cosine_distance`, `changed`
     reason:str='' # Why it cannot tell
+    absorbs:str='' # What the model's normalization layers do about a mistake, in a sentence
     dls:DataLoaders=None # What `fix` mends; None: no pipeline of fastai was given
     views:dict=field(default_factory=dict) # What was seen of each set
 
@@ -126,6 +127,7 @@ def _paragraphs(r):
         yield f.severity,about+f.message
         if f.details: yield 'details',f.details
         yield 'fix',f.fix
+    if r.absorbs: yield '',r.absorbs
     if r.reason: yield '',r.reason
     if r.applied and not r.findings: yield '',f'Normalized with {constants_text(r.applied)}, as expected: {r.applied.source}.'
 
