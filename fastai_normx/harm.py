@@ -74,11 +74,13 @@ def in_points(
     "The same as a sentence, which says for which backbone it holds"
     losses = _losses(expected, applied, norm)
     if max(losses.values())<.005: return ''
-    points = [f'{100*loss*measured_on[k].right:.0f} of {100*measured_on[k].right:.0f}' for k,loss in losses.items()]
-    backbones = ' and '.join(measured_on[k].backbone for k in losses)
-    if len(losses)==1: return f'Without training it costs about {points[0]} points of accuracy (estimate for {backbones}).'
-    first,*others = (f'{p}{" points of accuracy"*(not i)} with {k}' for i,(p,k) in enumerate(zip(points, losses)))
-    return f'Without training it costs about {", ".join([first, *others])} (estimates for {backbones}).'
+    costs = []
+    for k,loss in losses.items():
+        m = measured_on[k]
+        of_what = '' if costs else ' points of accuracy'
+        which = f' with {k}' if len(losses)>1 else ''
+        costs.append(f'{100*loss*m.right:.0f} of {100*m.right:.0f}{of_what}{which} ({m.backbone})')
+    return f'Estimated cost without training: {", ".join(costs)}.'
 
 # %% ../nbs/03f_harm.ipynb #04cb4d81
 _norm_name = re.compile(r'(Batch|Layer|Group|RMS|Rms)Norm(Act)?(\dd)?$')
