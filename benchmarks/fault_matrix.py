@@ -1,7 +1,6 @@
 """Which faults of an input pipeline `stats_match` names, which it misses, and how often it cries wolf.
 
     python benchmarks/fault_matrix.py [--data FOLDER] [--images 128] [--quick] [--fixes] [--json FILE]
-    python benchmarks/fault_matrix.py --severity --data FOLDER [--json FILE]
 
 Each fault is made in the pipelines of backbones from six families of constants, on several kinds of images (`pictures.py`),
 through three loaders: fastai's, PyTorch's, and PyTorch's with augmentation that interpolates floats. Some faults are put into the
@@ -30,12 +29,8 @@ Solar cells need `pip install elpv-dataset` (licence: not for commercial use) an
 --quick: a tenth of all cases, always the same.
 
 --fixes: the code of every mismatch (`Finding.code`) is executed as it stands, and the question asked again.
-
---severity: how well the estimate of harm (`Finding.harm`), and the share of answers that change (`impact`, no labels needed),
-rank pipelines as their measured loss of accuracy does: EfficientNet-Lite0 with ImageNet weights, BatchNorm frozen. FOLDER holds
-images with a `labels.csv` (columns file and class_index).
 """
-import argparse, csv, json, platform, random, sys, warnings, zlib
+import argparse, json, platform, random, sys, warnings, zlib
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
@@ -54,7 +49,6 @@ from torchvision.transforms import v2 as T
 from fastai.vision.all import (CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, ImageBlock, IndexSplitter, IntToFloatTensor, Learner,
                                Normalize, TensorImage, Transform, aug_transforms)
 from fastai_normx.all import expected_stats, stats_match
-from fastai_normx.constants import Affine
 from fastai_normx.expected import ExpectedStatsWarning
 from machine import cpu_name
 from pictures import Pictures, picture_sets
@@ -571,51 +565,13 @@ def main():
     p.add_argument('--images', type=int, default=128, help='images for each fault')
     p.add_argument('--quick', action='store_true', help='a tenth of all cases')
     p.add_argument('--fixes', action='store_true', help='execute the code of every mismatch and ask again')
-    p.add_argument('--severity', action='store_true', help='rank correlation of harm with measured loss')
     p.add_argument('--json', type=Path, help='write the results to this file')
     a = p.parse_args()
     if a.data and not a.data.exists(): p.error(f'--data {str(a.data)!r} does not exist: pass a folder of photographs')
     env = environment()
-    if a.severity: res = severity(a.data, p)
-    else: res = tables(*matrix(picture_sets(a.data), a.images, a.quick, a.fixes))
+    res = tables(*matrix(picture_sets(a.data), a.images, a.quick, a.fixes))
     print(json.dumps(env))
     if a.json: a.json.write_text(json.dumps(dict(environment=env, **res), indent=1)+'\n')
-
-
-def severity(folder, p):
-    "Accuracy, estimated harm and share of changed answers for pipelines around EfficientNet-Lite0"
-    if folder is None or not (folder/'labels.csv').exists(): p.error('--severity needs --data FOLDER with images and a labels.csv (columns file and class_index)')
-    import timm
-    from scipy.stats import spearmanr
-    from fastai_normx.lessons import lite0_weights
-    from fastai_normx.harm import harm as estimate
-    m = timm.create_model('tf_efficientnet_lite0').eval()
-    m.load_state_dict(lite0_weights())
-    rows = list(csv.DictReader(open(folder/'labels.csv')))
-    tfm = T.Compose([T.Resize(256, T.InterpolationMode.BICUBIC), T.CenterCrop(224), T.PILToTensor()])
-    px, y = torch.stack([tfm(Image.open(next(folder.rglob(r['file']))).convert('RGB')) for r in rows]), torch.tensor([int(r['class_index']) for r in rows])
-    E, I, C = (expected_stats(families[k]) for k in ('0.5/0.5', 'ImageNet', 'CLIP'))
-    scale = lambda c, k: tuple(tuple(v*k for v in o) for o in c)
-    own = [px.float().div(255).movedim(1, 0).flatten(1)]
-    own = own[0].mean(1).tolist(), own[0].std(1).tolist()
-    d = (px[:, 0].float().mean((1, 2))-px[:, 2].float().mean((1, 2)))/255
-    colour = dict(mean=d.mean().item(), std=d.std().item())
-    cases = dict(expected=E, ImageNet=I, CLIP=C, own=own, none=plain, DPN=expected_stats(families['DPN']), satellite=expected_stats(families['satellite']),
-        **{'expected twice': E.then(E), 'ImageNet twice': I.then(I), 'expected, then ImageNet': E.then(I), 'ImageNet, then expected': I.then(E)},
-        **{f'{k} on 0-255': scale(c, 1/255) for k, c in (('expected', E), ('ImageNet', I), ('none', plain))}, **{f'{k}, /255 twice': scale(c, 255) for k, c in (('expected', E), ('ImageNet', I), ('none', plain))},
-        **{'ImageNet in BGR': scale((I.mean[::-1], I.std[::-1]), 1), 'half the std': (E.mean, (.25,)*3), 'twice the std': (E.mean, (1.,)*3), 'mean 0.3': ((.3,)*3, E.std), 'mean 0.7': ((.7,)*3, E.std), 'mean 0.3, 0.5, 0.7': ((.3, .5, .7), E.std)})
-    @torch.no_grad()
-    def answers(c): return torch.cat([m(normalize(b.float()/255, [c])).argmax(1) for b in px.split(50)])
-    ref, res = answers(E), {}
-    for k, c in cases.items():
-        a = answers(c)
-        res[k] = dict(top1=(a == y).float().mean().item(), changed=(a != ref).float().mean().item(), harm=estimate(E, Affine(*c)))
-        print(f'{k:26} top-1 {res[k]["top1"]:.3f}  changed {res[k]["changed"]:.3f}  harm {res[k]["harm"]:.3f}', flush=True)
-    top1, changed, harm = ([r[k] for r in res.values()] for k in ('top1', 'changed', 'harm'))
-    rank = {k: -spearmanr(top1, v).statistic for k, v in (('harm', harm), ('changed', changed))}
-    print(f'\nSpearman rank correlation with the loss of top-1, {len(res)} pipelines, {len(y)} images: harm {rank["harm"]:.3f}, share of changed answers {rank["changed"]:.3f}')
-    print(f'Red minus blue, mean and std over images: {colour}')
-    return dict(images=len(y), red_minus_blue=colour, rank_correlation=rank, pipelines=res)
 
 
 if __name__ == '__main__': main()
