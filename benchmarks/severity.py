@@ -106,7 +106,7 @@ def fitted(rows):
     "A `Measured` whose constants follow `rows`: least squares with outliers counted less, errors in units of what 500 images can tell"
     names, y = list(rows.faults[0]), rows.loss
     x = {k: np.array([f[k] for f in rows.faults]) for k in names}
-    def measured(v): return Measured('', '', *(dict(zip(names, np.exp(o))) for o in v.reshape(2, -1)))
+    def measured(v): return Measured('', '', 1., *(dict(zip(names, np.exp(o))) for o in v.reshape(2, -1)))
     def errors(v):
         half, steep = v.reshape(2, -1)  # logarithms, drawn a little towards one range and a power of 1.35
         return np.concatenate([(measured(v).loss(x)-y)/np.sqrt(y*(1-y)+.01), .1*half, .3*(steep-.3)])
@@ -153,7 +153,7 @@ def quality(backbones):
 def show(res):
     for b in res['backbones'].values():
         E = expected_stats(b['arch'])
-        print(f"\n{b['name']} ({b['norm']}), {b['images']} images: {measured_on[b['norm']].points}")
+        print(f"\n{b['name']} ({b['norm']}), {b['images']} images: {measured_on[b['norm']].task}")
         print('| pipeline                 | loss  | estimate | changed |')
         for n, r in sorted(b['pipelines'].items(), key=lambda o: o[1]['loss']):
             print(f"| {n:24} | {r['loss']:.3f} | {harm(E, (r['mean'], r['std']), b['norm']):8.3f} | {r['changed']:7.3f} |")
