@@ -111,6 +111,19 @@ def test_the_vit_repeats_on_photographs_that_the_code_had_not_seen(res):
     for k, r in res['vit_retrieval']['repeats'].items(): assert r['top1'] and r['distance'], k
 
 
+def test_the_table_of_readme_is_of_the_saved_results(res):
+    readme = (results.parent.parent/'README.md').read_text(encoding='utf-8')
+    rows = {cells[0].strip(): [c.strip(' *') for c in cells[1:]] for cells in
+            (line.strip('|').split('|') for line in readme.splitlines() if re.match(r'\| [^|]+ \| \*{0,2}\.\d', line))}
+    bn, vit = res['imagenet']['rows'], res['vit_retrieval']['rows']['all']
+    names = {'the constants that it expects': ('expected 0.5 / 0.5', "expected (ImageNet's)"), "the other's: ImageNet's, or 0.5 / 0.5": ("ImageNet's", '0.5 / 0.5'),
+             'not normalized, [0,1]': ('none, [0,1]',)*2} | {k: (k, k) for k in ('normalized twice', '0-255', 'BGR')}
+    assert set(rows) == set(names)
+    for row, (k, v) in names.items():
+        want = bn[k]['frozen'], bn[k]['batch'], vit[v]['top1']
+        assert rows[row] == [f'{o:.3f}'.lstrip('0') for o in want], row
+
+
 def test_what_the_vit_says(res):
     "LayerNorm pays several times what BatchNorm does for no normalization; the data's own constants cost neither anything that shows; no batch mode"
     vit, expected = res['vit_retrieval']['rows']['all'], "expected (ImageNet's)"
