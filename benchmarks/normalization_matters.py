@@ -1,7 +1,7 @@
 """What a wrong `Normalize` costs a pretrained model, and where it costs nothing.
 
     python benchmarks/normalization_matters.py --data FOLDER      # EfficientNet-Lite0: about 70 minutes on one core
-    python benchmarks/normalization_matters.py --data FOLDER --backbone lite1 lite2 vit  # three others, see backbones.py: TIME
+    python benchmarks/normalization_matters.py --data FOLDER --backbone lite1 lite2 vit  # three others, see backbones.py: about an hour
     python benchmarks/normalization_matters.py --sections layernorm elpv
     python benchmarks/normalization_matters.py --quick            # a small part, under a minute, nothing saved
 
@@ -15,10 +15,10 @@ mechanism  the first convolution and its BatchNorm under a per-channel affine mi
 layernorm  one small network, trained here with BatchNorm and with LayerNorm, then given the wrong constants
 elpv       fine-tuning on photographs of solar cells (pip install elpv-dataset; its licence is non-commercial)
 mismatch   the same, trained with the right constants and then used with others
-imagenet_lite1, imagenet_lite2  the first table for EfficientNet-Lite1 and Lite2 (needs --data; TIME)
-vit_retrieval  a DINOv2 ViT-S/14: finding another crop of the same photograph, among each half of them and among all (needs --data; TIME)
-vit_blocks     the same model: how far each block's tokens move, and what batch mode (`train()`) changes (needs --data; TIME)
-vit_elpv       the same model on the solar cells: linear probe, fine-tuning of everything, used with the same and with other constants (TIME)
+imagenet_lite1, imagenet_lite2  the first table for EfficientNet-Lite1 and Lite2 (needs --data)
+vit_retrieval  a DINOv2 ViT-S/14: finding another crop of the same photograph, among each half of them and among all (needs --data)
+vit_blocks     the same model: how far each block's tokens move, and what batch mode (`train()`) changes (needs --data)
+vit_elpv       the same model on the solar cells: linear probe, fine-tuning of everything, used with the same and with other constants
 
 Wrong constants always reach the model as `(x-mean)/std` of the same 8-bit pixels; nothing else differs.
 PyTorch runs on one thread.
