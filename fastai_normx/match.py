@@ -29,7 +29,7 @@ from .inside import inside,random_weights
 from .judge import Case,judge
 from .normalize import _has_pipeline
 from .pipeline import Testimony,read_applied,testimony
-from .ranks import join,local_part,plain_loader,plain_loaders,says_it,sharded,together
+from .ranks import _plain_loader,_plain_loaders,join,local_part,says_it,sharded,together
 from .report import Finding,MatchReport,StatsMatchWarning,in_words,who_says
 from .files import _files,_is_file,_open,deep_behind
 from .stats import ChannelStats,_say,_source
@@ -388,7 +388,7 @@ def _start(self:StatsMatch, x, spread):
         'its weights or inputs are spread over processes (FSDP, DTensor), and it is not run only to look.')
     net = None if spread else learn.model
     case = _case(learn if asked is None else asked, net, x, (tuple(learn.xb),{}), self.n_in, self.axis, x.shape[self.axis])
-    with plain_loaders(learn):
+    with _plain_loaders(learn):
         case = _named(case, asked, learn.dls, 'learn.dls')
         self._case = _with_history(case, learn, self.training) if asked is None else case
         self._files = _deep(learn.dls)
@@ -427,7 +427,7 @@ def _put_right(self:StatsMatch):
     "Put the expected `Normalize` on every loader, if the one that is there is another"
     learn = self.learn
     if hasattr(learn, 'gather_preds') or self.backbone is None and _random(learn): return
-    with plain_loaders(learn): self._put_right_on(learn)
+    with _plain_loaders(learn): self._put_right_on(learn)
 
 @patch
 def _put_right_on(self:StatsMatch, learn):
@@ -458,7 +458,7 @@ def _decide_early(self:StatsMatch, view):
     elif fault: self._decide()
 
 @patch
-def _testimony(self:StatsMatch): return testimony(plain_loader(self.learn.dl), self._case.expected.n_in, self.learn)
+def _testimony(self:StatsMatch): return testimony(_plain_loader(self.learn.dl), self._case.expected.n_in, self.learn)
 
 @patch
 def _decide(self:StatsMatch):
