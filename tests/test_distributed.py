@@ -124,8 +124,10 @@ def one_raises(rank, n):
 
 
 def no_callback(rank, n, without=1):
-    ranks.patience = .5
-    return fit(learner(loaders(rank, n, H), *[StatsMatch(I)]*(rank != without)))
+    ranks.patience = 3
+    learn = learner(loaders(rank, n, H), *[StatsMatch(I)]*(rank != without))
+    torch.distributed.barrier()
+    return fit(learn)
 
 
 def no_callback_first(rank, n):
