@@ -8,6 +8,7 @@ __all__ = ['stats_match', 'StatsMatch', 'Finding', 'MatchReport', 'StatsMatchWar
 # %% ../nbs/03_match.ipynb #a1f56c72
 import dataclasses,random
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from .inside import inside,random_weights
 from .judge import Case,judge
 from .normalize import _has_pipeline
 from .pipeline import Testimony,read_applied,testimony
+from .ranks import _plain_loader,_plain_loaders,join,local_part,says_it,sharded,together
 from .report import Finding,MatchReport,StatsMatchWarning,in_words,who_says
 from .files import _files,_is_file,_open,deep_behind
 from .stats import ChannelStats,_say,_source
@@ -59,7 +61,8 @@ def _case(
     **kwargs # Of `Case`
 )->Case:
     "What is to be judged"
-    found = inside(net, x, inputs, dim) if isinstance(net, nn.Module) and x is not None and x.is_floating_point() else None
+    runs = isinstance(net, nn.Module) and x is not None and x.is_floating_point() and not sharded(net)
+    found = inside(net, x, inputs, dim) if runs else None
     try: backbone = _stated(expected, n_in)
     except ValueError:
         if not found or not found.map: raise
@@ -178,7 +181,7 @@ def _random(learn):
     "A sentence if the weights of `learn` are random, or None"
     none = 'random weights expect no constants.'
     if getattr(learn, 'pretrained', None) is False: return f'This learner was made with pretrained=False: {none}'
-    if hasattr(learn, 'pretrained') or not random_weights(learn.model): return
+    if hasattr(learn, 'pretrained') or sharded(learn.model) or not random_weights(learn.model): return
     return f'The weights of this {type(learn.model).__name__} are as they were initialized: {none}'
 
 def _code(expected, E):
@@ -224,7 +227,8 @@ def stats_match(
     with no_random(): sets,first = _look(data, source, n_items, dim, n_in)
     _check_seen(sets)
     channels = next(iter(sets.values()))[0].n_in
-    case = _case(source, model, *first, n_in, dim, channels, _freezes_bn(learn), model=model)
+    plain = None if model is None or sharded(model) else model
+    case = _case(source, model, *first, n_in, dim, channels, _freezes_bn(learn), model=plain)
     case = _named(case, expected, dls, 'learn.dls' if learn else 'dls')
     asked = learn if expected is None else expected
     if isinstance(asked, Learner): case = _with_history(case, asked)
@@ -233,7 +237,8 @@ def stats_match(
     if _all_files(data) and report.applied:
         report.applied = dataclasses.replace(report.applied, source='assumed, since image files come before any pipeline')
     for view,_ in sets.values(): view.batch = None # the report shall not keep images alive
-    if warn and report.outcome=='mismatch': warn_user('\n'.join(str(f) for f in report.findings if f.severity!='note'), StatsMatchWarning)
+    faults = [f for f in report.findings if f.severity!='note']
+    if warn and faults and says_it(f'{faults[0].kind}: {faults[0].fix}'): warn_user('\n'.join(map(str, faults)), StatsMatchWarning)
     return report
 
 def _check_seen(sets):
@@ -291,11 +296,11 @@ def stats_match(self:Learner,
 class StatsMatch(Callback):
     "Warn, once for each cause, if the batches that reach the model are not what its backbone expects"
     order,name = 10_000,'stats_match_cb' # after every callback that changes the batch; `learn.stats_match` is the method
-    _stateattrs = 'report','_views','_case','_files' # not exported with a learner
-    report = _views = _case = _files = None
+    _stateattrs = 'report','_views','_case','_files','_job' # not exported with a learner
+    report = _views = _case = _files = _job = None
     def __init__(self,
         expected=None, # The backbone: all that `expected_stats` takes; None: the learner's own
-        n_items:int=512, # Look at no more images than this in each set
+        n_items:int=512, # Look at no more images than this in each set, and on each process
         dim:int=1, # Axis of the channels
         n_in:int=None, # Channels of the images; None: as the backbone says
         fix:bool=False # Put the expected `Normalize` there before the first batch, unless the learner has trained with another?
@@ -306,16 +311,19 @@ class StatsMatch(Callback):
 
     def before_fit(self):
         self._views = self._case = None
+        quiet = hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds') or not self._is_first()
+        self._job = None if quiet else join(self._job)
         if self.puts_right and self._is_first(): self._put_right()
-        quiet = hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds') or rank_distrib()
-        if not quiet and self._is_first(): self._views = {k:InputView(self.n_items, self.axis) for k in (True,False)}
+        if not quiet and (self._job or not rank_distrib()): self._views = {k:InputView(self.n_items, self.axis) for k in (True,False)}
     def before_batch(self): self._try(self._see)
     def after_batch(self):
         if self._views and self._views[self.training].enough: self._try(self._decide)
-    def after_train(self): self._try(self._decide)
-    def after_validate(self): self._try(self._decide)
+        if self._leads and not self._job.known(self.training): self._try(self._hear)
+    def after_train(self): self._end_of_set()
+    def after_validate(self): self._end_of_set()
     def after_fit(self):
         if not hasattr(self.learn, 'lr_finder'): remember(self.learn)
+        if self._job and self._views: self._try(self._end_of_job)
         unknown = self._views and self.report and self.report.outcome=='cannot tell'
         if unknown: self._note(f'StatsMatch cannot tell whether the input is what {who_says(self.report.expected)} expects: '
             'images before augmentation would tell, and `learn.stats_match_cb.report` says why.')
@@ -327,6 +335,14 @@ def _is_first(self:StatsMatch):
     "Is there no other `StatsMatch` before this one that says the same?"
     same = [cb for cb in self.learn.cbs if isinstance(cb, StatsMatch) and cb.backbone is self.backbone]
     return not same or same[0] is self
+
+@patch(as_prop=True)
+def _leads(self:StatsMatch): "Does it judge what all processes of a job have seen?"; return self._views and self._job and self._job.leads
+
+@patch
+def _end_of_set(self:StatsMatch):
+    self._try(self._decide)
+    if self._leads: self._try(partial(self._hear, True))
 
 @patch
 def __deepcopy__(self:StatsMatch, memo):
@@ -363,6 +379,7 @@ def _tell(self:StatsMatch, cause, msg, sets=frozenset()):
     "Warn of `cause`, once"
     if cause in self._said: return
     self._said[cause] = sets
+    if self._job and not self._job.leads: return self._job.tell('warning', cause, msg)
     warn_user(msg, StatsMatchWarning)
 
 @patch
@@ -371,23 +388,28 @@ def _note(self:StatsMatch, msg):
     quiet = getattr(self.learn.logger, '__name__', '')=='noop' and not hasattr(self.learn, 'lr_finder') # as in `no_logging`
     if quiet or msg in self._said: return
     self._said[msg] = frozenset()
-    print(msg)
+    if not (self._job or rank_distrib()) or self._job and self._job.leads: print(msg)
+    elif self._job: self._job.tell('note', msg)
 
 # %% ../nbs/03_match.ipynb #47493d21
 @patch
-def _start(self:StatsMatch, x):
-    "Find out what must reach the model, with the first batch of images `x`; False: nothing"
+def _start(self:StatsMatch, x, spread):
+    "Find out what must reach the model, with the first batch of images `x`; False: nothing. `spread` over processes, it takes all to run it"
     learn,asked = self.learn,self.backbone
     if asked is None and (why := _random(learn)):
         asked = trained_with(learn)
         if asked is None:
             self._note(f'StatsMatch has nothing to compare: {why[0].lower()+why[1:]} {_use_own}')
             return False
-    case = _case(learn if asked is None else asked, learn.model, x, (tuple(learn.xb),{}), self.n_in, self.axis,
+    if spread: self._note(f'StatsMatch does not see whether this {type(learn.model).__name__} normalizes inside: '
+        'its weights or inputs are spread over processes (FSDP, DTensor), and it is not run only to look.')
+    net = None if spread else learn.model
+    case = _case(learn if asked is None else asked, net, x, (tuple(learn.xb),{}), self.n_in, self.axis,
                  x.shape[self.axis], _freezes_bn(learn))
-    case = _named(case, asked, learn.dls, 'learn.dls')
-    self._case = _with_history(case, learn, self.training) if asked is None else case
-    self._files = _deep(learn.dls)
+    with _plain_loaders(learn):
+        case = _named(case, asked, learn.dls, 'learn.dls')
+        self._case = _with_history(case, learn, self.training) if asked is None else case
+        self._files = _deep(learn.dls)
     return True
 
 @patch
@@ -395,9 +417,11 @@ def _see(self:StatsMatch):
     "Add the images among the inputs of the model to what was seen"
     view = self._views[self.training]
     if view.settled: return
-    x = pick(self.learn.xb, self._case.expected.n_in if self._case else self.n_in or 3, self.axis)
-    if x is None: return self._no_images()
-    if not self._case and not self._start(x): return self._let_go()
+    given = pick(self.learn.xb, self._case.expected.n_in if self._case else self.n_in or 3, self.axis)
+    if given is None: return self._no_images()
+    x = local_part(given, self.axis)
+    if x is None: return self._in_parts()
+    if not self._case and not self._start(x, sharded(self.learn.model) or x is not given): return self._let_go()
     first = not len(view)
     view.add(x)
     if first: self._decide_early(view)
@@ -410,12 +434,21 @@ def _no_images(self:StatsMatch):
     self._let_go()
     self._note(f'StatsMatch has nothing to compare: {what}.')
 
+@patch
+def _in_parts(self:StatsMatch):
+    self._let_go()
+    self._note('StatsMatch has nothing to compare: the inputs are spread over processes by their channels (DTensor), so none sees an image.')
+
 # %% ../nbs/03_match.ipynb #2ceee0f2
 @patch
 def _put_right(self:StatsMatch):
     "Put the expected `Normalize` on every loader, if the one that is there is another"
     learn = self.learn
     if hasattr(learn, 'gather_preds') or self.backbone is None and _random(learn): return
+    with _plain_loaders(learn): self._put_right_on(learn)
+
+@patch
+def _put_right_on(self:StatsMatch, learn):
     try: want,now = expected_stats(learn if self.backbone is None else self.backbone, self.n_in),read_applied(learn)[0]
     except ValueError: return # a pipeline or a backbone that cannot be read: the batches will tell
     want = want.spread(now.n_in)
@@ -438,17 +471,53 @@ def _decide_early(self:StatsMatch, view):
     "Decide after the first batch, before a step is taken, if it shows a fault for certain"
     view.look()
     found = view.inferred
-    if view.sure and found.source!='no known constants' and not self._case.expected.same(NormStats(*found), .02): self._decide()
+    fault = view.sure and found.source!='no known constants' and not self._case.expected.same(NormStats(*found), .02)
+    if self._job: self._job.show(self.training, view, self._testimony(), fault)
+    elif fault: self._decide()
+
+@patch
+def _testimony(self:StatsMatch): return testimony(_plain_loader(self.learn.dl), self._case.expected.n_in, self.learn)
 
 @patch
 def _decide(self:StatsMatch):
-    "Compare what was seen with what is expected; say what is wrong"
-    view,learn = self._views[self.training],self.learn
-    if view.settled or not len(view): return
-    view.settled,view.said = True,testimony(learn.dl, self._case.expected.n_in, learn)
-    sets = {'training set' if k else 'validation set':(v,v.said) for k,v in self._views.items() if v.settled}
+    "Nothing more is looked at of this set: compare what was seen with what is expected, or hand it to who does"
+    view = self._views and self._views[self.training]
+    if not view or view.settled: return
+    view.settled,view.said = True,self._testimony()
+    if self._job: return self._job.show(self.training, view, view.said)
+    self._judge({_set_name(k):(v,v.said) for k,v in self._views.items() if v.settled})
+
+def _set_name(training): return 'training set' if training else 'validation set'
+
+@patch
+def _judge(self:StatsMatch, sets):
+    "Say what is wrong with `sets`, `{name: (InputView, Testimony)}`"
     self.report = judge(examine_all(sets, self._case.expected), self._case, self._files)
-    self.report.dls = learn.dls if self._case.dls else None
+    self.report.dls = self.learn.dls if self._case.dls else None
     if self.report.ok: self._said = {c:s for c,s in self._said.items() if not s or s-set(sets)} # mended: to be told again if it comes back
     for f in self.report.findings:
         if f.severity!='note': self._tell((f.kind, in_words(self.report.applied) if self.report.applied else f.fix), str(f), set(sets))
+
+# %% ../nbs/03_match.ipynb #2ceee105
+@patch
+def _hear(self:StatsMatch, at_end=False):
+    "Look at what other processes have seen, and judge if it is time; `at_end` of a set it is"
+    job = self._job
+    job.read()
+    if self._case and (job.ripe(self.training) or at_end and job.news): self._judge_all()
+    words,job.words = job.words,[]
+    for rank,kind,(*cause,msg) in words:
+        if msg in self._said: continue
+        self._said[msg] = frozenset()
+        if kind=='note': self._note(f'Rank {rank}: {msg}')
+        else: self._tell(cause[0], f'Rank {rank}: {msg}')
+
+@patch
+def _judge_all(self:StatsMatch):
+    seen = {_set_name(k):of for k,of in self._job.due().items()}
+    self._judge(together(seen, self._case.expected))
+
+@patch
+def _end_of_job(self:StatsMatch):
+    self._job.end()
+    if self._leads: self._hear(True)

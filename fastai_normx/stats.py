@@ -6,16 +6,17 @@
 __all__ = ['DataStatsWarning', 'ChannelStats', 'data_stats']
 
 # %% ../nbs/00_stats.ipynb #fde9ee19
-import dataclasses,json,math
-from concurrent.futures import ThreadPoolExecutor
+import dataclasses,json,math,pickle,uuid
+from collections import deque
+from concurrent.futures import BrokenExecutor,Executor,ProcessPoolExecutor,ThreadPoolExecutor
 from contextlib import closing,nullcontext
-from itertools import chain,islice
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader as TorchDL,Dataset,IterableDataset
+from torch.utils.data import DataLoader as TorchDL,Dataset,DistributedSampler,IterableDataset
 from fastcore.basics import defaults,patch
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
@@ -300,17 +301,107 @@ def _histogram(f, mode):
         with _open(f) as im: return im.convert(mode).histogram(),_is_deep(im)
     except Exception as e: return e
 
-def _file_stats(files, mode, n_items, broken, deep):
-    "`ChannelStats` of 64 files at a time, until `n_items` were readable; the others go to `broken`, files of more than 8 bits to `deep`"
-    files,got = iter(files),0
-    with ThreadPoolExecutor(min(16, defaults.cpus)) as ex:
-        while fs := list(islice(files, 64 if n_items is None else min(64, n_items-got))):
-            read = list(zip(fs, ex.map(lambda f: _histogram(f, mode), fs)))
-            broken += [(f,h) for f,h in read if isinstance(h, Exception)]
-            deep += [f for f,h in read if not isinstance(h, Exception) and h[1]]
-            hs = [h[0] for _,h in read if not isinstance(h, Exception)]
-            if hs: yield ChannelStats(len(hs), _state(*_hist_moments(np.array(hs).reshape(len(hs), -1, 256))))
-            got += len(hs)
+# %% ../nbs/00_stats.ipynb #6473dc11
+def _sendable(e):
+    "The error `e`, or one that says the same and can be sent to another process"
+    try: return pickle.loads(pickle.dumps(e))
+    except Exception: return OSError(f'{type(e).__name__}: {e}')
+
+def _read_part(files, mode, run):
+    "What a worker reads: `(ChannelStats as a dict, [(file, error)], [deep files])`; `run` is for executors that remember results"
+    read = [(f, _histogram(f, mode)) for f in files]
+    good = [(f, h) for f,h in read if not isinstance(h, Exception)]
+    broken = [(f, _sendable(h)) for f,h in read if isinstance(h, Exception)]
+    stats = ChannelStats()
+    if good:
+        hs = np.array([h[0] for _,h in good]).reshape(len(good), -1, 256)
+        stats = ChannelStats(len(hs), _state(*_hist_moments(hs)))
+    return stats.to_dict(),broken,[f for f,h in good if h[1]]
+
+# %% ../nbs/00_stats.ipynb #6473dc13
+def _workers(executor):
+    "How many workers `executor` has; 32 if it does not say"
+    client = getattr(executor, '_client', None) # dask's
+    n = sum(client.ncores().values()) if hasattr(client, 'ncores') else getattr(executor, '_max_workers', None)
+    return n or 32
+
+class _Reader:
+    "Reads parts of a list of files with an executor"
+    def __init__(self, executor, mode, lost):
+        self.asked = self.executor = executor
+        self.mode,self.lost,self.own,self.read_any = mode,lost,None,False # `lost`: [(file, error)]; None: errors are raised
+        self.run = uuid.uuid4().hex
+
+    def _new(self, n):
+        "`n` processes like those of a pool that is broken"
+        settings = {k:getattr(self.asked, f'_{k}', None) for k in ('mp_context','initializer')}
+        return ProcessPoolExecutor(n, initargs=getattr(self.asked, '_initargs', ()), **settings)
+
+    def _submit(self, part):
+        try: return self.executor.submit(_read_part, part, self.mode, self.run)
+        except BrokenExecutor:
+            if self.own: self.own.shutdown()
+            self.executor = self.own = self._new(_workers(self.asked))
+            return self._submit(part)
+
+    def _good(self, future):
+        stats,broken,deep = future.result()
+        self.read_any = True
+        return ChannelStats.from_dict(stats),broken,deep
+
+    def _result(self, part, future):
+        "What was read of `part`, in pieces if it had to be read again"
+        try: return [self._good(future)]
+        except Exception as e:
+            if self.lost is None: raise
+            again = self._again(part, e)
+        if self.read_any: return again
+        why = self.lost[-1][1]
+        raise ValueError(f'data_stats could read none of the first {len(part)} image files: their workers were lost twice. '
+                         f'{why or repr(why)}. Each worker needs fastai_normx, and the files under the same paths.') from why
+
+    def _again(self, part, error):
+        "Read `part` once more, in eighths; in a process of its own, if its pool is broken"
+        alone,res = self._new(1) if isinstance(error, BrokenExecutor) else None,[]
+        for i in range(0, len(part), 8):
+            some = part[i:i+8]
+            ex = alone or self.executor
+            try: res.append(self._good(ex.submit(_read_part, some, self.mode, f'{self.run} again')))
+            except Exception as e:
+                self.lost += [(f, e) for f in some]
+                if not isinstance(e, BrokenExecutor): continue
+                if alone: alone.shutdown()
+                alone = self._new(1)
+        if alone: alone.shutdown()
+        return res
+
+    def read(self, parts):
+        "`(ChannelStats, broken, deep)` of all `parts`, in order"
+        waiting,ahead = deque(),2*_workers(self.executor)
+        try:
+            for part in parts:
+                waiting.append((part, self._submit(part)))
+                if len(waiting)>=ahead: yield from self._result(*waiting.popleft())
+            while waiting: yield from self._result(*waiting.popleft())
+        finally:
+            for _,f in waiting: f.cancel()
+            if self.own: self.own.shutdown()
+
+# %% ../nbs/00_stats.ipynb #6473dc14
+def _file_stats(files, mode, n_items, broken, deep, executor=None, lost=None):
+    "`ChannelStats` of 64 files at a time, until `n_items` were readable; the others go to `broken` or `lost`, and deep files to `deep`"
+    at,got = 0,0
+    with ThreadPoolExecutor(min(16, defaults.cpus)) if executor is None else nullcontext(executor) as ex:
+        reader = _Reader(ex, mode, None if executor is None else lost)
+        while at<len(files) and (n_items is None or got<n_items):
+            end = len(files) if n_items is None else min(len(files), at+n_items-got)
+            with closing(reader.read(files[i:min(i+64, end)] for i in range(at, end, 64))) as parts:
+                for stats,bad,wide in parts:
+                    broken += bad
+                    deep += wide
+                    got += len(stats)
+                    if len(stats): yield stats
+            at = end
 
 # %% ../nbs/00_stats.ipynb #8266da2e
 def _fastai_batches(dl, idxs, raw):
@@ -329,12 +420,24 @@ def _fastai_source(dl, order, raw):
     return _fastai_batches(dl, idxs, raw),len(idxs)/(dl.bs or 1) if known else None,known and dl.bs is not None
 
 # %% ../nbs/00_stats.ipynb #2151edc3
+def _share(sampler):
+    "The items of `sampler`; of a `DistributedSampler` without those that are other processes' and fill up"
+    idxs = list(sampler)
+    if type(sampler) is not DistributedSampler or sampler.drop_last: return idxs
+    return idxs[:len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))]
+
+def _has_own_order(dl):
+    "Can its items not be had but in the order of the loader `dl`?"
+    no_batches = dl.batch_size is None and dl.batch_sampler is None
+    return no_batches or isinstance(dl.dataset, IterableDataset) or type(dl).__iter__ is not TorchDL.__iter__
+
 def _torch_source(dl, order, partly):
-    if not partly or isinstance(dl.dataset, IterableDataset) or (dl.batch_size is None and dl.batch_sampler is None) or type(dl).__iter__ is not TorchDL.__iter__:
+    fills_up = type(dl.sampler) is DistributedSampler and dl.batch_size is not None
+    if not (partly or fills_up) or _has_own_order(dl):
         try: return (b for b in dl),len(dl),False
         except TypeError: return (b for b in dl),None,False
     bs = dl.batch_size or getattr(dl.batch_sampler, 'batch_size', 64)
-    idxs = order(dl.sampler if dl.batch_size else chain.from_iterable(dl.batch_sampler))
+    idxs = order(_share(dl.sampler) if dl.batch_size else chain.from_iterable(dl.batch_sampler))
     kw = {k:getattr(dl, k) for k in 'num_workers collate_fn pin_memory timeout worker_init_fn multiprocessing_context prefetch_factor'.split()}
     return (b for b in TorchDL(dl.dataset, bs, sampler=idxs, **kw)),len(idxs)/bs,True
 
@@ -344,16 +447,19 @@ def _first_loader(data):
     data = getattr(data, 'dls', data)
     return data.train if isinstance(data, DataLoaders) else data
 
-def _source(data, order, partly, raw, mode, n_items, broken, deep=None):
+def _source(data, order, partly, raw, mode, n_items, broken, deep=None, executor=None, lost=None):
     "Batches of `data`, how many there are at most (None: unknown), and whether they come in random order if only part is read"
     data = _first_loader(data)
     if isinstance(data, (Tensor,np.ndarray)): data = [data]
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset): data = TorchDL(data, batch_size=64)
-    if isinstance(data, DataLoader): return _fastai_source(data, order, raw)
-    if isinstance(data, TorchDL): return _torch_source(data, order, partly)
+    if executor is None and isinstance(data, DataLoader): return _fastai_source(data, order, raw)
+    if executor is None and isinstance(data, TorchDL): return _torch_source(data, order, partly)
     if _holds_files(data):
         fs = order(_files(data))
-        return _file_stats(fs, mode, n_items, broken, [] if deep is None else deep),min(len(fs), n_items or len(fs))/64,True
+        batches = _file_stats(fs, mode, n_items, broken, [] if deep is None else deep, executor, [] if lost is None else lost)
+        return batches,min(len(fs), n_items or len(fs))/64,True
+    if executor is not None: raise ValueError(f'`executor` reads image files, and these are batches of a {type(data).__name__}: '
+                                              'pass the folder or the list of files, or give the loader more workers.')
     one_batch = not isinstance(data, (tuple,list,L)) and _inside(data) is not None
     if one_batch or not hasattr(data, '__iter__'): raise ValueError(
         f'data_stats cannot read {type(data).__name__}. It takes a DataLoaders, a fastai or PyTorch loader, a Learner, '
@@ -364,18 +470,23 @@ def _source(data, order, partly, raw, mode, n_items, broken, deep=None):
 _min_items,_look = 256,1.05
 _modes = 'L LA RGB RGBA CMYK YCbCr HSV LAB'.split()
 
-def _check_args(n_items, tol, confidence, mode):
+def _check_args(n_items, tol, confidence, mode, executor):
     for k,v,ok,what in (('n_items', n_items, n_items is None or (isinstance(n_items, int) and n_items>0), 'a number of images above 0, or None for all'),
                         ('tol', tol, tol is None or tol>0, 'a margin above 0 in pixel units, e.g. .01, or None to read everything'),
                         ('confidence', confidence, 0<confidence<1, 'a probability between 0 and 1, e.g. .95'),
+                        ('executor', executor, executor is None or hasattr(executor, 'submit'),
+                         'an object with `submit`, e.g. a `ProcessPoolExecutor`, or None'),
                         ('mode', mode, mode in _modes, f'one of Pillow\'s 8-bit modes, {" ".join(_modes)}')):
         if not ok: raise ValueError(f'`{k}` is {what}; received {v!r}')
 
-def _say(broken, n, short, margin, tol, n_items, deep=None):
+def _say(broken, n, short, margin, tol, n_items, deep=None, lost=()):
     "One warning for what a reader of the statistics should know; `deep`: `DeepFiles` or None"
     msgs = []
     if broken: msgs.append(f'{len(broken)} of {len(broken)+n} image files could not be read and were left out: '
         + ', '.join(f'{Path(f).name} ({type(e).__name__})' for f,e in broken[:10]) + (', ...' if len(broken)>10 else '') + '.')
+    if lost: msgs.append(f'{len(lost)} image files were left out, since the workers that read them were lost twice: '
+        + ', '.join(Path(f).name for f,_ in lost[:64]) + (', ...' if len(lost)>64 else '')
+        + f' ({type(lost[-1][1]).__name__}: {lost[-1][1]}).')
     if short=='order': msgs.append(f'Stopped after {n} images, in the order in which the data came: the margin tol={tol} holds only if that order is random. '
         'Shuffle the data first, or pass a loader with a dataset that can be indexed.')
     if short=='n_items': msgs.append(f'n_items={n_items} images were read before tol={tol} was reached: means and stds are known to within {margin:.3g}. Raise n_items, or leave it out.')
@@ -392,15 +503,16 @@ def data_stats(
     raw:bool=True, # fastai loaders: leave out `Normalize` and random augmentation? False: as the model sees the batches
     mode:str='RGB', # Image files: Pillow's 8-bit mode to read them in, e.g. 'L' for grey
     seed:int=0, # Of the random order, where one is needed
-    progress:bool=True # Show a progress bar?
+    progress:bool=True, # Show a progress bar?
+    executor:Executor=None # Whose workers read image files, e.g. a `ProcessPoolExecutor`, or dask's; it is left open. None: threads
 )->ChannelStats:
     "Channel statistics of the images in `data`, or of as many as it takes"
-    _check_args(n_items, tol, confidence, mode)
-    broken,deep,res,look,stop,partly = [],[],ChannelStats(),_min_items,None,bool(n_items or tol)
+    _check_args(n_items, tol, confidence, mode, executor)
+    broken,deep,lost,res,look,stop,partly = [],[],[],ChannelStats(),_min_items,None,bool(n_items or tol)
     def order(idxs):
         idxs = list(idxs)
         return [idxs[i] for i in torch.randperm(len(idxs), generator=torch.Generator().manual_seed(seed)).tolist()] if partly else idxs
-    batches,total,random = _source(data, order, partly, raw, mode, n_items, broken, deep)
+    batches,total,random = _source(data, order, partly, raw, mode, n_items, broken, deep, executor, lost)
     bar = progress_bar(batches, total='noinfer' if total is None else math.ceil(total), leave=False) if progress else batches
     with closing(batches):
         for b in bar:
@@ -415,5 +527,5 @@ def data_stats(
                                       'data_stats found no images: the data are empty. Pass at least one batch.')
     short = 'order' if stop=='tol' and not random else 'n_items' if stop=='n_items' and tol else None
     found = _measure(deep, len(res), mode) if deep else None if _holds_files(data) else deep_behind(_first_loader(data))
-    _say(broken, len(res), short, tol and res.margin(confidence).max().item(), tol, n_items, found)
+    _say(broken, len(res), short, tol and res.margin(confidence).max().item(), tol, n_items, found, lost)
     return res
