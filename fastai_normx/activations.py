@@ -9,7 +9,7 @@ __all__ = ['ActivationWarning', 'ActivationLoggerWarning', 'ActivationLogger', '
 import re,sys,weakref
 from contextlib import suppress
 from datetime import timedelta
-from functools import partial,reduce
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 
@@ -20,8 +20,8 @@ from fastcore.foundation import L
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from .warn import NormxWarning,warn_user
-from .recorder import (ActivationRecorder,_bins,_bn_ref,_check_sample,_cols,_columns,_edges,_first_of,_frame,_is_compiled,
-                                   _max,_mean,_merge,_merge_hists,_min,_n,_select,_var)
+from .record import Record,_bins,_bn_ref,_edges,_hist,_known
+from .recorder import ActivationRecorder,_check_sample,_first_of,_frame,_is_compiled,_select
 
 # %% ../nbs/04_activations.ipynb #86f3cb68
 _all_ = ['ActivationRecorder']
@@ -34,7 +34,7 @@ class _History:
 
     def add(self, meta, rec):
         self.meta.append(dict(meta))
-        self.recs.append(_small(rec))
+        self.recs.append(rec)
         if len(self)>1 and self.meta[-2]['batches']<self.width: self._join(len(self)-2)
         if len(self)>self.keep:
             self._join(self.at)    # one pair at a time, so that no batch has to wait for all
@@ -43,11 +43,12 @@ class _History:
 
     def _join(self, i):
         meta,rec = _both(*zip(self.meta[i:i+2], self.recs[i:i+2]))
-        self.meta[i:i+2],self.recs[i:i+2] = [meta],[_small(rec)]
+        self.meta[i:i+2],self.recs[i:i+2] = [meta],[rec]
 
-def _both(a, b): return dict(a[0], batches=a[0]['batches']+b[0]['batches']),_merge(a[1], b[1])    # of `(meta, record)`
-
-def _small(rec): return (rec[0],) + tuple(o.clip(max=np.iinfo(t).max).astype(t) for o,t in zip(rec[1:], (np.uint32,np.int32)))
+def _both(a, b):
+    "Two `(meta, record)` taken together"
+    (first,p),(second,q) = a,b
+    return dict(first, batches=first['batches']+second['batches']),Record.together([p,q])
 
 # %% ../nbs/04_activations.ipynb #fb1d22cf
 class _Sink:
@@ -111,22 +112,23 @@ def _flush(sinks):
 # %% ../nbs/04_activations.ipynb #c25c0363
 def _points(df):
     "`{tag: value}` of all numbers in a record's table"
-    return {f'{split}_{c}/{layer}':float(v) for c in df if c.removeprefix('grad_') in _cols
+    return {f'{split}_{c}/{layer}':float(v) for c in df if c.removeprefix('grad_') in _known
             for split,layer,v in zip(df.split, df.layer, df[c]) if v==v}
 
 def _hists(df, names, rec):
     "`(tag, row, counts, edges)` of all histograms in a record"
-    if len(rec)<2: return
-    for n,row,counts,bins in zip(names, *rec):
-        if counts.any(): yield f'{df.split.iloc[0]}/{n}',row,counts.tolist(),_edges(bins).tolist()
+    if 'hist' not in rec: return
+    for n,row in zip(names, rec.v):
+        h = row['hist']
+        if h['counts'].any(): yield f'{df.split.iloc[0]}/{n}',row,h['counts'].tolist(),_edges(h).tolist()
 
 class _TensorBoard(_Sink):
     def __call__(self, df, names, rec, step):
         for tag,v in _points(df).items(): self.to.add_scalar(tag, v, step)
-        for tag,v,c,edges in _hists(df, names, rec):
-            n = sum(c)
-            self.to.add_histogram_raw(tag, min=v[_min], max=v[_max], num=n, sum=v[_mean]*n, sum_squares=(v[_var]+v[_mean]**2)*n,
-                                      bucket_limits=edges[1:], bucket_counts=c, global_step=step)
+        for tag,row,counts,edges in _hists(df, names, rec):
+            n,mean = sum(counts),row['mean']
+            self.to.add_histogram_raw(tag, min=row['min'], max=row['max'], num=n, sum=mean*n, sum_squares=(row['var']+mean**2)*n,
+                                      bucket_limits=edges[1:], bucket_counts=counts, global_step=step)
     def flush(self): self.to.flush()
 
 class _Wandb(_Sink):
@@ -294,7 +296,7 @@ def _finish(self:ActivationLogger, failed=False):
     self._rec.stop()
     rec = self._collect()
     if rec is None: self._blind |= batch.ran
-    elif batch.scale!=1: rec = _unscaled(rec, len(self._rec.names), batch.scale)
+    elif batch.scale!=1: rec = rec.scaled(slice(len(self._rec.names), None), 1/batch.scale)    # gradients, of mixed precision
     if not self._together or failed: self._keep(batch.meta, rec)
     elif batch.meta['split']=='train': self._keep(*_all_ranks('train', (batch.meta,rec)))
     elif rec is not None: self._pending = _both(self._pending, (batch.meta,rec)) if self._pending else (batch.meta,rec)
@@ -330,13 +332,6 @@ def _keep(self:ActivationLogger, meta, rec):
             if all(o.to is not l.to.to for l in self._logs): self._write(o, meta, rec)
         for o in self._logs: o.add(meta, rec, self._write)
     if self.alerts: self._alert(meta, rec)
-
-def _unscaled(rec, n, s):
-    "`rec` with the gradients as they are without the loss scale `s` of mixed precision"
-    v = rec[0].copy()
-    v[n:,[_mean,_min,_max]] /= s
-    v[n:,_var] /= s*s
-    return (v,*rec[1:])
 
 # %% ../nbs/04_activations.ipynb #de64a320
 @patch
@@ -483,7 +478,7 @@ def _all_ranks(split, o):
         torch.distributed.all_gather_object(parts, (split,*o))
         if split=='train' or all(p[0]==split for p in parts): break    # else some have more training batches, and are waited for
     parts = [p[1:] for p in parts if p[0]==split and p[2] is not None]
-    return (parts[0][0],reduce(_merge, [rec for _,rec in parts])) if parts else (None,None)
+    return (parts[0][0],Record.together([rec for _,rec in parts])) if parts else (None,None)
 
 def _rank(): return torch.distributed.get_rank() if _distributed() else 0
 
@@ -506,7 +501,7 @@ def _found(self:ActivationLogger, o): return any(l.to is o for l in self._logs)
 
 @patch
 def _write(self:ActivationLogger, o, now, rec):
-    df = _frame(self._rec.names, [now], [rec], self.grads)
+    df = _frame(self._rec.names, [now], [rec], self._rec.stats, self.grads)
     if len(df): self._try(o, lambda: o(df, names=self._rec.names, rec=rec, step=now['step']))
 
 @patch
@@ -534,21 +529,20 @@ class _Alerts:
     "What is wrong in a record, and has not been said of that layer"
     def __init__(self): self.first,self.runs,self.said = None,{},set()
 
-    def hits(self, v, constant):
-        "`{cause: (layers hit, how much)}` of the values `v` of layers in a training record; `constant` are rows whose input does not vary"
-        c = _columns(v)
-        rms = np.hypot(c['mean'], c['std'])
+    def hits(self, rec, constant):
+        "`{cause: (layers hit, how much)}` of layers in a training record; `constant` are rows whose input does not vary"
+        rms = np.hypot(rec['mean'], rec.column('std'))
         f = self.first = rms if self.first is None else np.where(np.isnan(self.first), rms, self.first)
-        same,varies = c['min']==c['max'],~np.isin(np.arange(len(v)), constant)
+        same,varies = rec['min']==rec['max'],~np.isin(np.arange(len(rec)), constant)
         return dict(
-            nonfinite=(c['nonfinite']>0,c['nonfinite']),
+            nonfinite=(rec['nonfinite']>0,rec['nonfinite']),
             exploding=((rms>1e4) | (rms>100*f) & (rms>100),rms),
             vanishing=((rms>0) & ((rms<1e-3) & (rms<f/100) | (rms<1e-6) & (rms<f/10)),rms),
-            dead=(((c['dead']>=.5) | same & (v[:,_n]>=256)) & varies,np.fmax(c['dead'], same)))
+            dead=(((rec['dead']>=.5) | same & (rec['count']>=256)) & varies,np.fmax(rec['dead'], same)))
 
-    def new(self, v, train, constant):
+    def new(self, rec, train, constant):
         "`(cause, rows, how much)` of what is new"
-        for cause,(hit,much) in self.hits(v, constant).items() if train else [('nonfinite',[_columns(v)['nonfinite']]*2)]:
+        for cause,(hit,much) in self.hits(rec, constant).items() if train else [('nonfinite',[rec['nonfinite']]*2)]:
             run = self.runs[cause] = (self.runs.get(cause, 0)+1)*(hit>0)    # records in a row
             least = 5 if cause in ('vanishing','dead') else 1
             rows = [i for i in np.flatnonzero(run>=least) if (cause,i) not in self.said]
@@ -564,7 +558,7 @@ class _Alerts:
 def _alert(self:ActivationLogger, meta, rec):
     "Warn of what is wrong in this record"
     constant = [i for i,o in self._rec.constant.items() if o]
-    for cause,rows,much in [*self._alerts.new(rec[0][:len(self._rec.names)], meta['split']=='train', constant)]:
+    for cause,rows,much in [*self._alerts.new(rec[:len(self._rec.names)], meta['split']=='train', constant)]:
         self.found += [dict(cause=cause, layer=self._rec.names[i], value=float(v), **meta) for i,v in zip(rows, much)]
         names,(text,advice) = [self._title(i) for i in rows],_causes[cause]
         text = text.format(v=much[0], are=self._alerts.how(rows[0], much[0]))
@@ -605,10 +599,12 @@ def _history(self:ActivationLogger, split):
 
 @patch
 def _values(self:ActivationLogger, split):
-    "Columns `[records,layers]`, and the number of the training batch at each record"
+    "Columns `[records,layers]` of outputs and of gradients, and the number of the training batch at each record"
     h,n = self._history(split),len(self._names())
-    V = np.stack([r[0] for r in h.recs]) if len(h) else np.empty((0,n,9))
-    return _columns(V[:,:n]),_columns(V[:,n:]),np.array([m['step'] for m in h.meta])
+    if not len(h): none = {k:np.empty((0,n)) for k in self._rec.stats}; return none,none,np.array([])
+    rec = Record.stacked(h.recs)
+    out,grad = ({k:rec[:,rows].column(k) for k in self._rec.stats} for rows in (slice(n),slice(n, None)))
+    return out,grad,np.array([m['step'] for m in h.meta])
 
 # %% ../nbs/04_activations.ipynb #73017908
 @patch
@@ -616,7 +612,7 @@ def to_df(self:ActivationLogger): # A `DataFrame`
     "All records: a row for each record and layer"
     import pandas as pd
     names = self._names()
-    return pd.concat([_frame(names, h.meta, h.recs, self.grads) for h in self._hist.values() if len(h)], ignore_index=True)
+    return pd.concat([_frame(names, h.meta, h.recs, self._rec.stats, self.grads) for h in self._hist.values() if len(h)], ignore_index=True)
 
 @patch(as_prop=True)
 def stats(self:ActivationLogger):
@@ -645,13 +641,19 @@ def hist_data(self:ActivationLogger,
     if not self.hists or not h:
         valid = ' and `valid=True`'*(split=='valid')
         raise ValueError(f'No histograms are recorded ({split}): use `ActivationLogger(hist=True)`{valid}.')
-    hs = [(r[1][i:i+1].astype(np.int64),r[2][i:i+1]) for r in h]
-    if not any(c.any() for c,_ in hs):
+    hs = np.array([r['hist'][i] for r in h])
+    if not hs['counts'].any():
         why = '' if self._rec.calls[i] else f', since the model never called it: {_elsewhere}'
         raise ValueError(f'{self._title(i)} has no finite values ({split}){why}.')
-    total,at = reduce(lambda a,b: _merge_hists(*a, *b), hs)
-    one = (total>0).astype(np.int64)
-    return np.stack([(_merge_hists(*o, one, at)[0]-one)[0] for o in hs], 1),_edges(at[0])
+    return _on_common_bins(hs)
+
+def _on_common_bins(hs):
+    "Counts `[bins,records]` of histograms, and the bins' edges"
+    one = _hist.together(hs, [0])
+    one['counts'] = one['counts']>0    # merged with this, each comes to lie on the bins of all
+    pairs = np.stack([hs, np.repeat(one, len(hs))], 1).flatten()
+    common = _hist.together(pairs, range(0, len(pairs), 2))
+    return (common['counts'].astype(np.int64)-one['counts']).T,_edges(one[0])
 
 @patch
 def hist(self:ActivationLogger,
@@ -671,19 +673,19 @@ def summary(self:ActivationLogger,
     names,h = self._names(),self._hist
     N,split = len(names),'train' if len(h['train']) else 'valid'
     tail = max(1, round(len(h[split])*.1))
-    c,c0 = (_columns(reduce(_merge, [(r[0][:N],) for r in recs])[0]) for recs in (h[split].recs[-tail:],h[split].recs[:1]))
+    last,first = (Record.together([r[:N] for r in recs]) for recs in (h[split].recs[-tail:],h[split].recs[:1]))
     res = self._headline()
     types = [type(m).__name__[:16] for m in self._rec.layers.values()]
-    df = pd.DataFrame({'layer':names, 'type':types, 'std':c['std'], 'at start':c0['std'], 'mean':c['mean'],
-        'near 0':c['near_zero'], 'dead':c['dead'], 'nonfinite':c['nonfinite'], 'BN dist':c['bn_dist']})
-    with np.errstate(all='ignore'): change = np.nan_to_num(np.abs(np.log(c['std']/c0['std'])), posinf=9)
-    score = change + np.nan_to_num(c['bn_dist']) + 1e6*np.isin(names, list(self.found.itemgot('layer')))
+    std,std0 = last.column('std'),first.column('std')
+    shown = {_known[k].head:_known[k] for k in self._rec.stats if _known[k].head and k!='std'}
+    df = pd.DataFrame({'layer':names, 'type':types, 'std':std, 'at start':std0} | {k:last.column(o.name) for k,o in shown.items()})
+    with np.errstate(all='ignore'): change = np.nan_to_num(np.abs(np.log(std/std0)), posinf=9)
+    score = change + np.nan_to_num(last['bn_dist']) + 1e6*np.isin(names, list(self.found.itemgot('layer')))
     score[[0,-1]] = np.inf    # both ends are always shown
     ran = np.flatnonzero(self._rec.calls[:N])
     rows = np.sort(ran[np.argsort(-score[ran], kind='stable')[:n]])
     df = df.iloc[rows].loc[:, lambda d: [k=='std' or d[k].dtype==object or bool(np.nan_to_num(d[k]).any()) for k in d]]
-    fmt = {'near 0':'{:.0%}', 'dead':'{:.0%}', 'nonfinite':'{:.2%}', 'BN dist':'{:.2f}'}
-    formatters = {k:fmt.get(k, '{:.3g}').format for k in df if df[k].dtype==float}
+    formatters = {k:(shown[k].fmt if k in shown else '{:.3g}').format for k in df if df[k].dtype==float}
     res += ['', df.to_string(index=False, na_rep='', formatters=formatters)]
     if len(rows)<len(ran): res.append(f'{len(ran)-len(rows)} more layers: `summary(n={N})`')
     res.append(f'Means over the last {tail} of {len(h[split])} {split} records; at start: std in the first.')
@@ -709,8 +711,6 @@ def _headline(self:ActivationLogger):
 _no_bn = ('No BatchNorm distance is recorded: the model has no BatchNorm with running statistics from an earlier training, '
           'or `layers` leaves it out.')
 
-_said_as = dict(near_zero='share near zero', nonfinite='share of NaN and infinite values', dead='share of dead channels',
-                bn_dist='distance of the BatchNorm input')
 def _short_name(n): return n if len(n)<=40 else '...'+n[-37:]
 def _ticks(f, names, most, **kw):
     step = -(-len(names)//most)
@@ -735,8 +735,8 @@ def plot(self:ActivationLogger,
     "Heat map of `stat`: layers from input to output down, training batches to the right"
     from matplotlib.colors import CenteredNorm,LogNorm
     (out,grad,x),key = self._values(split),stat.removeprefix('grad_')
-    if key not in _cols or stat!=key and not self.grads: raise ValueError(
-        f"`stat` is one of {', '.join(_cols)}{', or one of these after grad_'*self.grads}; received {stat!r}." +
+    if key not in out or stat!=key and not self.grads: raise ValueError(
+        f"`stat` is one of {', '.join(out)}{', or one of these after grad_'*self.grads}; received {stat!r}." +
         ' Gradients are recorded by `ActivationLogger(grads=True)`.'*(stat!=key))
     if not len(x): raise ValueError(f'There are no {split} records.')
     M = (out if stat==key else grad)[key].T
@@ -754,20 +754,21 @@ def plot(self:ActivationLogger,
         M,names = M[rows],[names[i] for i in rows]
     pos = M[np.isfinite(M) & (M>0)]
     top = np.clip(np.exp(np.abs(np.log(pos)).max(initial=0)), 2, 1e6)
-    signed = key in ('mean','min','max')
+    known = _known[key]
+    signed = known.scale=='signed'
     if relative: norm = LogNorm(1/top, top)
     elif signed: norm = CenteredNorm()
-    elif key=='std' and len(pos): norm = LogNorm(*np.quantile(pos, [.01,.99]).clip((m := np.median(pos))/100, m*100))
+    elif known.scale=='log' and len(pos): norm = LogNorm(*np.quantile(pos, [.01,.99]).clip((m := np.median(pos))/100, m*100))
     else: norm = None
     ax = ax or _new_ax(figsize or (9, min(12, 1.5+.19*len(M))))
     cmap = 'RdBu_r' if relative or signed else 'viridis'
     im = ax.imshow(M, aspect='auto', interpolation='nearest', cmap=cmap, norm=norm, vmin=None if norm else 0)
     _ticks(ax.set_yticks, names, 60)
     _records(ax, x)
-    said,what = _said_as.get(key, key),'output' if stat==key else 'gradient'
+    said,what = known.label or key,'output' if stat==key else 'gradient'
     ax.set(xlabel='training batch', title=f"{said} of each layer's {what}{', relative to the first record'*relative} ({split})")
     label = 'multiple of the first record' if relative else said
-    extend = 'both' if relative or key=='std' else 'neither'
+    extend = 'both' if relative or known.scale=='log' else 'neither'
     cb = ax.figure.colorbar(im, ax=ax, pad=.02, fraction=.05, aspect=40, label=label, extend=extend)
     if relative:
         cb.set_ticks(at := np.geomspace(1/top, top, 5), labels=[f'{t:.2g}' for t in at])
