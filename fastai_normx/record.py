@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
+from fastcore.foundation import L
 
 # %% ../nbs/04b_record.ipynb #b9300a0e
 def _is_cpu(dev): return dev.type=='cpu'
@@ -35,7 +36,7 @@ _near = .05
 _near_sq = {torch.float32:float(np.float32(_near)**2), torch.float64:_near**2}    # the same values lie within it
 
 class Block:
-    "A matrix of finite values, and what statistics need of it along the axis `ax`"
+    "A matrix of finite values, with `n`, `mean`, `var`, `min` and `max` along the axis `ax`"
     clean = True
     def __init__(self,
         x, # float32 or float64; `[rows,values]` with `ax=1`, or `[values,columns]` with `ax=0`
@@ -43,129 +44,162 @@ class Block:
         memory=None, # A `_Memory`, or None
         plain:bool=False # `var` from plain squares? One pass less; good if the mean is small beside the spread
     ):
-        self.x,self.ax,self.memory,self.plain = x,ax,memory,plain
-        self._squares = None
+        self.x,self.ax,self.memory,self.size = x,ax,memory,x.shape[ax]
+        self.room = _room(memory and memory.values, x)    # to compute in
+        self.mean,self.squares = x.mean(ax),None
+        self.var = self._plain_var() if plain else self.deviations().square_().mean(ax)
+        self.min,self.max = x.amin(ax),x.amax(ax)
 
-    def average(self, t): return t.mean(self.ax)
-
-    @property
-    def size(self): return self.x.shape[self.ax]
-
-    @property
-    def n(self):
-        "How many values are finite, float64"
-        return torch.full_like(self.mean, self.size, dtype=torch.float64)
-
-    def room(self):
-        "Memory for something like `x`, until someone else asks for it"
-        self._squares = None
-        return _room(self.memory and self.memory.values, self.x)
+    def _plain_var(self):
+        self.squares = torch.mul(self.x, self.x, out=self.room)
+        return self.squares.mean(self.ax)-self.mean*self.mean
 
     def deviations(self):
         "`x` less its mean, in `room`"
-        return torch.sub(self.x, self.mean.unsqueeze(self.ax), out=self.room())
+        self.squares = None
+        return torch.sub(self.x, self.mean.unsqueeze(self.ax), out=self.room)
 
-    @cached_property
-    def mean(self): return self.average(self.x)
-    @cached_property
-    def min(self): return self.x.amin(self.ax)
-    @cached_property
-    def max(self): return self.x.amax(self.ax)
+    def count(self):
+        "How many values there are"
+        return torch.full_like(self.mean, self.size, dtype=None if self.size<2**24 else torch.float64)    # float32 cannot count on
 
-    @cached_property
-    def var(self):
-        if not self.plain: return self.average(self.deviations().square_())
-        room = self.room()
-        self._squares = torch.mul(self.x, self.x, out=room)
-        return self.average(room)-self.mean**2
+    @property
+    def n(self):
+        "How many of them are finite"
+        return self.count()
+
+    def average(self,
+        t # Like `x`
+    ):
+        "The mean of all that is finite"
+        return t.mean(self.ax)
+
+    def nonfinite(self):
+        "Share of values that are not finite"
+        return torch.zeros_like(self.mean)
 
     def near_zero(self):
         "Share of values that are zero or nearly so"
-        if self._squares is None: near = torch.abs(self.x, out=self.room()).le_(_near)
-        else: near,self._squares = self._squares.le_(_near_sq[self.x.dtype]),None
+        if self.squares is None: near = torch.abs(self.x, out=self.room).le_(_near)
+        else: near,self.squares = self.squares.le_(_near_sq[self.x.dtype]),None
         return near.mean(self.ax)
 
 # %% ../nbs/04b_record.ipynb #674e33d3
 class _Masked(Block):
     "A block in float64: NaN in `x` stands for what is not finite, and is left out"
-    clean = False
+    clean,room,memory = False,None,None
     def __init__(self, x, ax=1):
-        super().__init__(x.double().where(x.isfinite(), torch.nan), ax)
-        self._given = x
+        self._given,self.ax,self.size = x,ax,x.shape[ax]
+        self.x = x.double().where(x.isfinite(), torch.nan)
+        self.n = (~self.x.isnan()).sum(ax).double()
+        self.mean = self.average(self.x)
+        self.var = self.average(self.deviations().square_())
+        self.min,self.max = (self._if_any(o) for o in (self.x.nan_to_num(torch.inf).amin(ax),self.x.nan_to_num(-torch.inf).amax(ax)))
 
+    n = None
+    def _if_any(self, t): return t.where(self.n>0, torch.nan)
+    def deviations(self): return self.x-self.mean.unsqueeze(self.ax)
+    def nonfinite(self): return 1-self.n/self.size
+    def near_zero(self): return (self._given.abs()<=_near).double().mean(self.ax)
     def average(self, t):
         share = t/self.n.clamp(min=1).unsqueeze(self.ax)    # first, so that the sum does not overflow
         return self._if_any(share.nansum(self.ax))
 
-    def _if_any(self, t): return t.where(self.n>0, torch.nan)
-    @cached_property
-    def n(self): return (~self.x.isnan()).sum(self.ax).double()
-    @cached_property
-    def min(self): return self._if_any(self.x.nan_to_num(torch.inf).amin(self.ax))
-    @cached_property
-    def max(self): return self._if_any(self.x.nan_to_num(-torch.inf).amax(self.ax))
-    def near_zero(self): return (self._given.abs()<=_near).double().mean(self.ax)
-
-def _block(x, ax, memory, plain):
-    "The block that is right for `x`"
-    if not _is_cpu(x.device): return _Masked(x, ax)
-    b = Block(x, ax, memory, plain)
-    return b if isfinite(float(b.var.sum())) else _Masked(x, ax)
-
 def _blocks(X, ax=1, memory=None, plain=False):
-    "A matrix in blocks that the processor's cache can hold"
-    size = 2**18 if _is_cpu(X.device) else 2**22
-    step = max(1 if ax else 64, size//X.shape[1])
-    for x in X.split(step): yield _block(x, ax, memory, plain)
+    "A matrix in blocks that the processor's cache can hold; without looking whether all is finite"
+    cpu = _is_cpu(X.device)
+    step = max(1 if ax else 64, (2**18 if cpu else 2**22)//X.shape[1])
+    for x in X.split(step): yield Block(x, ax, memory, plain) if cpu else _Masked(x, ax)
+
+def _masked(X, ax=1):
+    "The blocks that are right for a matrix where not all is finite"
+    for x in X.split(max(1, 2**22//X.shape[1])): yield _Masked(x, ax)
+
+def _safe(b):
+    "The block, or one that bears what is not finite"
+    return b if not b.clean or isfinite(float(b.var.sum())) else _Masked(b.x, b.ax)
 
 # %% ../nbs/04b_record.ipynb #3b53e276
 class Parts:
     "What was found of parts of the same things, to be merged"
     def __init__(self,
-        v, # Structured array, a row for each part; the parts of a group follow each other
-        at # Numbers of the rows where the groups begin
+        v, # Arrays by name, one number or more for each part; the parts of a group follow each other
+        at # Where the groups begin
     ):
         self.v,self.at = v,np.asarray(at)
-        self.sizes = np.diff([*at, len(v)])
+        self.sizes = np.diff([*at, len(v[_names(v)[0]])])
 
     def __getitem__(self, name): return self.v[name]
-    def sum(self, x): return np.add.reduceat(x, self.at)
-    def min(self, x): return np.fmin.reduceat(x, self.at)
-    def max(self, x): return np.fmax.reduceat(x, self.at)
-    def each(self, x): "For each part, that of its group"; return np.repeat(x, self.sizes, 0)
-    def groups(self): "Slices"; return [slice(i, i+n) for i,n in zip(self.at, self.sizes)]
+    def sum(self,
+        x # A number for each part, or a row of numbers
+    ):
+        "The sum of each group"
+        return np.add.reduceat(x, self.at)
+
+    def min(self,
+        x # A number for each part; NaN are left out
+    ):
+        "The smallest of each group"
+        return np.fmin.reduceat(x, self.at)
+
+    def max(self,
+        x # A number for each part; NaN are left out
+    ):
+        "The largest of each group"
+        return np.fmax.reduceat(x, self.at)
+
+    def each(self,
+        x # A number for each group
+    ):
+        "For each part, the number of its group"
+        return np.repeat(x, self.sizes, 0)
+
+    def groups(self):
+        "A slice of the parts for each group"
+        return [slice(i, i+n) for i,n in zip(self.at, self.sizes)]
 
     @cached_property
-    def n(self):
-        "Finite values in each part"
-        return np.where(self['count']>0, self['count']*(1-self['nonfinite']), 0)
+    def of_all(self): "The share that each part has in the values of its group"; return self.shares(self['count'])
+    @cached_property
+    def of_finite(self):
+        "The share that each part has in the finite values of its group"
+        if not self['nonfinite'].any(): return self.of_all
+        return self.shares(np.where(self['count']>0, self['count']*(1-self['nonfinite']), 0))
+
+    def shares(self,
+        weights # A number for each part
+    ):
+        "The share that each part has in the weight of its group; NaN if that is zero"
+        total = self.sum(weights)
+        return weights/self.each(np.where(total>0, total, np.nan))
 
     def mean(self,
-        x, # A number for each part
-        w=None # Weights; None: the number of finite values
+        x, # A number for each part, or a row of numbers
+        shares=None # Of the parts; None: `of_finite`
     ):
-        w = self.n if w is None else w
-        total = self.sum(w)
-        share = w/np.maximum(self.each(total), 1e-300)
-        return np.where(total>0, self.sum(np.where(w>0, share*x, 0)), np.nan)
+        "The mean of each group"
+        shares = self.of_finite if shares is None else shares
+        if x.ndim==2: shares = shares[:,None]
+        return self.sum(shares*x if shares.all() else np.where(shares==0, 0, shares*x))
 
     @cached_property
-    def shift(self): return self['mean']-self.each(self.mean(self['mean']))
+    def center(self): "The mean of the values of each group"; return self.mean(self['mean'])
+    @cached_property
+    def shift(self): "How far each part's mean is from that of its group"; return self['mean']-self.each(self.center)
 
     def merged(self):
-        "A row for each group"
-        res = self.v[self.at]
-        if len(res)==len(self.v): return res
-        with np.errstate(all='ignore'):
-            for name in res.dtype.names: res[name] = _states[name].merge(self)
-        return res
+        "Arrays by name, for each group"
+        if len(self.at)==self.sizes.sum(): return self.v
+        with np.errstate(all='ignore'): return {name:_states[name].merge(self) for name in _names(self.v)}
+
+def _names(v): return list(v) if isinstance(v, dict) else v.dtype.names
 
 # %% ../nbs/04b_record.ipynb #57c4f9d4
 class ActivationStat:
     "A statistic of activations, as a recorder, the tables and the plots use it"
     name = None         # Its column in `to_df`
     state = None        # Name of what a record keeps of a layer for it; None: `name`
-    dtype = wire = 'f8' # Of that, as NumPy has it; and as it comes from the device, of float64
+    size = 1            # How many numbers that is
     empty = np.nan      # That of a layer that did not run
     label = None        # In plots; None: `name`
     scale = 'zero'      # Of colours in plots: from 'zero' up, 'log', 'signed' (both ways from zero) or 'symlog' (that, logarithmic)
@@ -174,60 +208,129 @@ class ActivationStat:
     degree = 0          # If all values are doubled, the state is multiplied by 2**degree
     streams = False     # Does the state of a whole follow exactly from those of its parts?
     usual = False       # Always recorded?
+    built_in = False
 
-    def of(self, b): raise NotImplementedError
-    def merge(self, p): return p.mean(p[self.state])
-    def show(self, v): return v[self.state]
+    dtype = property(lambda self: ('f8',self.size) if self.size>1 else 'f8')
+
+    def of(self,
+        b # A `Block`
+    ): # A number for each of its rows, or `size` numbers
+        "The state, from values"
+        raise NotImplementedError
+
+    def merge(self,
+        p # `Parts`
+    ): # A number for each group, or `size` numbers
+        "The state of each group; if not said otherwise, the mean over its finite values"
+        return p.mean(p[self.state])
+
+    def show(self,
+        v # Structured array of states, of any shape
+    ): # An array of this shape
+        "What tables and plots show"
+        return v[self.state]
+
+    def _unpack(self, x): return x    # the state in a record, from `size` numbers
+
+    @classmethod
+    def register(cls,
+        o=None, # A subclass, an instance of one, or a function of values `[rows,values]` that gives a number for each row
+        **kwargs # `label`, `scale` and what else is above, for a function
+    ): # What was given
+        "A decorator: add a statistic, to be asked for by name, as in `ActivationLogger(stats=['name'])`"
+        if wrong := [k for k in kwargs if not hasattr(cls, k)]:
+            raise ValueError(f'A statistic has no {wrong[0]!r}: it has name, label, scale, head, fmt, grads, degree and streams.')
+        if o is None: return partial(cls.register, **kwargs)
+        stat = o if isinstance(o, cls) else o() if isinstance(o, type) else _Function(o)
+        vars(stat).update(kwargs)
+        _add(stat)
+        return o
 
 _known,_states = {},{}    # statistics by name; and one for each state, to merge it
+_columns = 'layer type split fit epoch batch step batches count hist'.split()
+
+def _add(stat):
+    name,there = stat.name,_known.get(stat.name)
+    if not str(name).isidentifier() or name in _columns or there and there.built_in: raise ValueError(
+        f'A statistic cannot be called {name!r}: it is a column, and what is there already keeps its name.')
+    stat.state = stat.state or name
+    _known[name] = _states[stat.state] = stat
+
+class _Function(ActivationStat):
+    "A function of values as a statistic"
+    def __init__(self, f): self.f,self.name = f,f.__name__
+    def of(self, b):
+        res = self.f(b.x)
+        if getattr(res, 'shape', None)!=b.mean.shape: raise ValueError(
+            f'The statistic {self.name!r} was given values of shape {tuple(b.x.shape)}, and has to give one number for each row, '
+            f'{tuple(b.mean.shape)}; it gave {tuple(res.shape) if hasattr(res, "shape") else type(res).__name__}.')
+        return res
 
 # %% ../nbs/04b_record.ipynb #effe7929
-class _Usual(ActivationStat): streams = usual = True
+class _Usual(ActivationStat): streams = usual = built_in = True
+
+def _part_of_all(stat):
+    "A statistic that is in a record without being a column to ask for"
+    stat.state = stat.name
+    _states[stat.state] = stat
+    return stat
 
 class _Count(_Usual):
     name,empty = 'count',0
-    def of(self, b): return torch.full_like(b.mean, b.size, dtype=torch.float64)
+    def of(self, b): return b.count()
     def merge(self, p): return p.sum(p['count'])
 
+_count = _part_of_all(_Count())
+
+@ActivationStat.register
 class _Mean(_Usual):
     name,head,scale,degree = 'mean','mean','signed',1
     def of(self, b): return b.mean
+    def merge(self, p): return p.center
 
+@ActivationStat.register
 class _Std(_Usual):
     name,state,head,scale,degree = 'std','var','std','log',2
     def of(self, b): return b.var
     def merge(self, p): return p.mean(p['var']+p.shift**2)
     def show(self, v): return np.sqrt(v['var'].clip(0))
 
+@ActivationStat.register
 class _Min(_Usual):
     name,scale,degree = 'min','signed',1
     def of(self, b): return b.min
     def merge(self, p): return p.min(p['min'])
 
+@ActivationStat.register
 class _Max(_Usual):
     name,scale,degree = 'max','signed',1
     def of(self, b): return b.max
     def merge(self, p): return p.max(p['max'])
 
+@ActivationStat.register
 class _NearZero(_Usual):
     name,label,head,fmt,grads = 'near_zero','share near zero','near 0','{:.0%}',False
     def of(self, b): return b.near_zero()
-    def merge(self, p): return p.mean(p['near_zero'], p['count'])
+    def merge(self, p): return p.mean(p['near_zero'], p.of_all)
 
+@ActivationStat.register
 class _Nonfinite(_Usual):
     name,label,head,fmt = 'nonfinite','share of NaN and infinite values','nonfinite','{:.2%}'
-    def of(self, b): return 1-b.n/b.size
-    def merge(self, p): return p.mean(p['nonfinite'], p['count'])
+    def of(self, b): return b.nonfinite()
+    def merge(self, p): return p.mean(p['nonfinite'], p.of_all)
 
 # %% ../nbs/04b_record.ipynb #c7d78297
 _bins = 64
-def _hist_dtype(whole, counts): return np.dtype([('exp',whole), ('first',whole), ('counts',counts,_bins)])
-
 class _Hist(ActivationStat):
     "Exponent of the bins' width, number of the first bin, and the counts"
-    name,grads = 'hist',False
-    dtype,wire = _hist_dtype('i4', 'u4'),_hist_dtype('f8', 'f8')
+    name,grads,size = 'hist',False,2+_bins
+    dtype = np.dtype([('exp','i4'), ('first','i4'), ('counts','u4',_bins)])
     empty = np.array((-100,0,0), dtype)
+
+    def _unpack(self, x):
+        h = np.empty(len(x), self.dtype)
+        h['exp'],h['first'],h['counts'] = x[:,0],x[:,1],x[:,2:]
+        return h
 
     def of(self, b):
         far = b.var.double().sqrt()*8
@@ -240,7 +343,7 @@ class _Hist(ActivationStat):
     def _counts(self, b, exp, first):
         scale,start = (o.to(b.x.dtype)[:,None] for o in (torch.exp2(-exp),first))
         bins = _room(b.memory and b.memory.ints, b.x, dtype=torch.int32)
-        bins.copy_(torch.mul(b.x, scale, out=b.room()).sub_(start).clamp_(0, _bins-1))
+        bins.copy_(torch.mul(b.x, scale, out=b.room).sub_(start).clamp_(0, _bins-1))
         end = len(bins)*_bins
         bins += torch.arange(0, end, _bins, dtype=torch.int32, device=bins.device)[:,None]
         if not b.clean: bins.masked_fill_(b.x.isnan(), end)
@@ -273,12 +376,15 @@ class _Hist(ActivationStat):
         res['exp'],res['first'],res['counts'] = exp,first,total.clip(max=np.iinfo(np.uint32).max)
         return res
 
+_hist = _part_of_all(_Hist())
+
 def _edges(h): return np.ldexp(h['first']+np.arange(_bins+1.), int(h['exp']))
 
 # %% ../nbs/04b_record.ipynb #f3509512
 class _OfChannels(ActivationStat):
     "A statistic of what the channels of a tensor do"
-    usual,grads = True,False
+    usual = built_in = True
+    grads = False
     def wants(self, look, into): "Is it for this tensor? `into` tells the BatchNorm that a tensor goes into"
     def of(self, X, room): "Of samples `[tensors,values,channels]`, computed where they are"
     def exact(self, v): "The same of all values of one tensor: its parts `[parts,channels,parts]`"
@@ -288,12 +394,13 @@ def _still(lo, hi):
     "Which channels with these extremes do not vary"
     return (hi-lo <= 1e-6*(abs(lo)+abs(hi))) & (abs(hi-lo) < np.inf)
 
+@ActivationStat.register
 class _Dead(_OfChannels):
     name,label,head,fmt = 'dead','share of dead channels','dead','{:.0%}'
     def wants(self, look, into): return look.row is not None and look.plan.K>1
     def of(self, X, room): return _still(X.amin(1), X.amax(1))
     def exact(self, v):
-        if not _still(v['min'], v['max']).any(): return np.zeros(v.shape[1])
+        if not _still(v['min'], v['max']).any(): return np.zeros(v['min'].shape[1])
         return _still(v['min'].min((0,2)), v['max'].max((0,2)))
     def merge(self, p): return p.max(p['dead'])
     def settle(self, rec, looks, found):
@@ -321,6 +428,7 @@ def _bn_ref(m):
     mean,var = (o.detach().double().cpu().numpy() for o in (m.running_mean,m.running_var))
     return _Expected(mean, np.sqrt(var), np.sqrt(np.maximum(var, .01*var.mean())+m.eps))
 
+@ActivationStat.register
 class _BNDist(_OfChannels):
     name,label,head,fmt = 'bn_dist','distance of the BatchNorm input','BN dist','{:.2f}'
     def wants(self, look, into): return look in into
@@ -335,14 +443,15 @@ class _BNDist(_OfChannels):
         return torch.stack([mean, var.sqrt()*(1+1/(4*(k-1)))], 1)    # whose root is too small on average
 
     def exact(self, v):
-        by_channel = v.transpose(1, 0, 2).flatten()
-        p = Parts(by_channel, range(0, len(by_channel), v.shape[0]*v.shape[2]))
-        mean,std = p.mean(p['mean']),np.sqrt(_states['var'].merge(p))
+        by_channel = {k:v[k].transpose(1, 0, 2).flatten() for k in ('count','nonfinite','mean','var')}
+        n,C,k = v['mean'].shape
+        p = Parts(by_channel, range(0, n*C*k, n*k))
+        mean,std = p.center,np.sqrt(_states['var'].merge(p))
         return np.array([[mean,mean],[std,std]])
 
     def merge(self, p):
         d = p['bn_dist']
-        return p.mean(d, np.where(np.isnan(d), 0, p['count']))
+        return p.mean(d, p.shares(np.where(np.isnan(d), 0, p['count'])))
 
     def settle(self, rec, looks, found):
         rows = [rec.into[o] for o in looks]
@@ -353,19 +462,16 @@ class _BNDist(_OfChannels):
             d = (squares/ref.scale**2).mean(1)
         return zip(rows, np.sqrt(np.where(np.isfinite(d), d, np.nan).clip(0)))
 
-# %% ../nbs/04b_record.ipynb #ce3358fb
-def _register(stat, known=_known):
-    stat.state = stat.state or stat.name
-    known[stat.name] = _states[stat.state] = stat
-    return stat
-
-_count,_hist = (_register(cls(), {}) for cls in (_Count,_Hist))
-for cls in (_Mean,_Std,_Min,_Max,_NearZero,_Nonfinite,_Dead,_BNDist): _register(cls())
-
 # %% ../nbs/04b_record.ipynb #fb3d209f
 def _choose(more=None):
     "Names of the usual statistics and of `more`"
-    return [o.name for o in _known.values() if o.usual]
+    more = [more] if isinstance(more, str) else [] if more is None else more
+    usual = [o.name for o in _known.values() if o.usual]
+    for n in more if isinstance(more, (list,tuple,set,L)) else [more]:
+        if not isinstance(n, str) or n not in _known: raise ValueError(
+            f"`stats` takes names of statistics: {', '.join(k for k in _known if k not in usual)} ({', '.join(usual)} are always there); "
+            f'received {n!r}. Add your own with `ActivationStat.register`.')
+    return [n for n in _known if n in usual or n in more]
 
 def _states_of(names, hist=False):
     "One statistic for each state that the statistics with these names need, and for histograms if they are wanted"
@@ -373,21 +479,28 @@ def _states_of(names, hist=False):
     return [_count, *by_state.values(), *[_hist]*hist]
 
 def _find(stats, blocks):
-    "The states of `stats` of each block: `[parts,numbers]`, float64"
-    found = []
-    for b in blocks:
-        cols = [o.of(b) for o in stats]
-        found.append(torch.cat([c.unsqueeze(1) if c.ndim==1 else c for c in cols], 1))
-    return torch.cat(found) if len(found)>1 else found[0]
+    "The states of `stats` of each block: `[numbers,parts]`"
+    by_block = [[o.of(b) for o in stats] for b in blocks]
+    by_stat = [torch.cat(xs) for xs in zip(*by_block)] if len(by_block)>1 else by_block[0]
+    if all(x.ndim==1 for x in by_stat): return torch.stack(by_stat)
+    return torch.cat([x.unsqueeze(0) if x.ndim==1 else x.T for x in by_stat])
 
 def _by_name(stats, found):
-    "What `_find` found, on the host: a structured array, with the state's name for each number"
-    return np.ascontiguousarray(found).view([(o.state,o.wire) for o in stats])[:,0]
+    "What `_find` found, an array or tensor for each state"
+    res,at = {},0
+    for o in stats:
+        res[o.state] = found[at] if o.size==1 else o._unpack(found[at:at+o.size].T)
+        at += o.size
+    return res
 
 # %% ../nbs/04b_record.ipynb #fc994df3
 class Record:
     "What was seen of all layers: `rec['mean']` is an array `[rows]`, and `rec[:5]` a record of five rows"
-    def __init__(self, v): self.v = v
+    def __init__(self,
+        v # Structured array: a field for each state
+    ):
+        self.v = v
+
     def __len__(self): return len(self.v)
     def __getitem__(self, i): return self.v[i] if isinstance(i, str) else Record(self.v[i])
     def __contains__(self, state): return state in self.v.dtype.names
@@ -405,8 +518,10 @@ class Record:
         recs # Records of the same rows
     ):
         "The record of all that `recs` saw"
-        parts = np.stack([r.v for r in recs], 1).flatten()
-        return cls(Parts(parts, range(0, len(parts), len(recs))).merged())
+        parts,res = np.stack([r.v for r in recs], 1).flatten(),np.empty_like(recs[0].v)
+        merged = Parts(parts, range(0, len(parts), len(recs))).merged()
+        for name in res.dtype.names: res[name] = merged[name]
+        return cls(res)
 
     @classmethod
     def stacked(cls,
@@ -418,17 +533,25 @@ class Record:
 
     def put(self,
         rows, # A number for each row of `v`
-        v # Structured array
+        v, # Arrays by name
+        only=None # Write only the state of this name
     ):
         "Write `v` to these rows; of a row that comes several times it is merged"
-        at,merged = _grouped(rows, v)
-        for name in v.dtype.names: self.v[name][at] = merged[name]
+        order = np.argsort(rows, kind='stable')
+        at,first = np.unique(np.asarray(rows)[order], return_index=True)
+        merged = Parts({k:v[k][order] for k in _names(v)}, first).merged()
+        for name in [only] if only else merged: self.v[name][at] = merged[name]
 
-    def column(self, name):
+    def column(self,
+        name # Of a statistic
+    ):
         "What is shown of a statistic"
         return _known[name].show(self.v)
 
-    def scaled(self, rows, by):
+    def scaled(self,
+        rows, # A slice
+        by # A number
+    ):
         "The record that there would be if all values in `rows` were multiplied by `by`"
         v = self.v.copy()
         for name in v.dtype.names:
@@ -441,8 +564,55 @@ def _rows_of(n, stats):
     for o in stats: v[o.state] = o.empty
     return v
 
-def _grouped(rows, v):
-    "The different ones of `rows`, in order, and what of `v` belongs to each, merged"
-    order = np.argsort(rows, kind='stable')
-    at,first = np.unique(np.asarray(rows)[order], return_index=True)
-    return at,Parts(v[order], first).merged()
+# %% ../nbs/04b_record.ipynb #e111809e
+@ActivationStat.register
+class _Kurtosis(ActivationStat):
+    name,label,head,scale,size = 'kurtosis','excess kurtosis','kurtosis','symlog',2
+    streams = built_in = True
+
+    def of(self, b):
+        z = b.deviations()/b.var.sqrt().unsqueeze(b.ax)
+        square = z*z
+        moments = torch.stack([b.average(square*z), b.average(square*square)], 1)
+        return moments.masked_fill(_still(b.min, b.max)[:,None], torch.nan)    # deviations are rounding alone
+
+    def merge(self, p):
+        d,var = p.shift,p['var']
+        third,fourth = np.nan_to_num(p['kurtosis']).T*[var**1.5,var**2]
+        third,fourth = p.mean(third+3*d*var+d**3),p.mean(fourth+4*d*third+6*d**2*var+d**4)
+        still = _still(p.min(p['min']), p.max(p['max']))
+        var = np.where(still, np.nan, _states['var'].merge(p))
+        return np.stack([third/var**1.5,fourth/var**2], 1)
+
+    def show(self, v): return v['kurtosis'][...,1]-3
+
+# %% ../nbs/04b_record.ipynb #fb3e84c2
+_grid = np.linspace(0, 1, 33)
+
+def _mixture(quantiles, shares):
+    "Quantiles of all parts together, of which each is known by its quantiles and its share"
+    parts = [(q,w) for q,w in zip(quantiles, shares) if w>0]
+    if not parts: return quantiles[0]*np.nan
+    x = np.sort(np.concatenate([q for q,_ in parts]))
+    upto = sum(w*np.interp(x, q, _grid) for q,w in parts)
+    above = sum(w*np.interp(-x, -q[::-1], _grid) for q,w in parts)    # or at `x`
+    return np.interp(_grid, np.stack([1-above,upto], 1).flatten(), np.repeat(x, 2))
+
+class _Percentile(ActivationStat):
+    state,size,scale,degree,built_in = 'quantiles',len(_grid),'signed',1,True
+    def __init__(self, q):
+        self.name = self.head = f'p{q}'
+        self.label,self.at = f'{q}th percentile',round(q/100*(len(_grid)-1))
+
+    def of(self, b):
+        x = b.x.sort(b.ax).values    # NaN come last
+        last = (b.n.long()-1).clamp(min=0)[:,None]
+        at = torch.tensor(_grid, device=x.device)*last
+        below = at.long()
+        above = torch.minimum(below+1, last)
+        return torch.lerp(x.gather(1, below), x.gather(1, above), (at-below).to(x.dtype))
+
+    def merge(self, p): return np.stack([_mixture(p['quantiles'][g], p.of_finite[g]) for g in p.groups()])
+    def show(self, v): return v['quantiles'][...,self.at]
+
+for q in (25,50,75): ActivationStat.register(_Percentile(q))

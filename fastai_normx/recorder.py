@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack,nullcontext
 from dataclasses import fields,is_dataclass
 from fnmatch import fnmatchcase
-from math import gcd,prod
+from math import gcd,isfinite,prod
 from numbers import Integral
 from types import FunctionType
 
@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from fastcore.basics import patch
 from fastcore.foundation import L
-from .record import (Parts,Record,_blocks,_bn_ref,_by_name,_choose,_count,_find,_grouped,_hist,_is_cpu,_known,
+from .record import (Parts,Record,_blocks,_bn_ref,_by_name,_choose,_count,_find,_hist,_is_cpu,_known,_masked,_safe,
                                     _Memory,_OfChannels,_room,_rows_of,_Runs,_states_of)
 
 # %% ../nbs/04a_recorder.ipynb #ad93394a
@@ -55,7 +55,7 @@ def _as_matrix(x, axis):
     return x.view(n//r, -1),0,k
 
 def _exact(x, axis, stats, memory=None, by_channel=True):
-    """The states of all of `x`, in parts of its channels: `[parts,channels,parts,numbers]`.
+    """The states of all of `x`, in parts of its channels: `[numbers,parts,channels,parts]`.
     Without `by_channel` a part's variance need not be good beside its mean, only the layer's"""
     if x.dtype not in (torch.float32,torch.float64): x = x.float()
     if axis is None: x,axis = x.reshape(1, 1, -1),1
@@ -63,13 +63,14 @@ def _exact(x, axis, stats, memory=None, by_channel=True):
     else: X,ax,side = x.movedim(axis, 0).flatten(1),1,1
     plain = not by_channel and _is_cpu(x.device)
     found = _find(stats, _blocks(X, ax, memory, plain))
-    if plain and not _is_spread(_by_name(stats, found)): found = _find(stats, _blocks(X, ax, memory))
-    return found.view(-1, x.shape[axis], side, found.shape[1])
+    if plain and not _is_spread(**_by_name(stats, found)): found = _find(stats, _blocks(X, ax, memory))
+    if _is_cpu(x.device) and not isfinite(float(found.sum())): found = _find(stats, _masked(X, ax))
+    return found.view(len(found), -1, x.shape[axis], side)
 
-def _is_spread(v):
-    "Is the mean of all parts `v` small enough beside their squares?"
-    n,squares = v['count'],v['var']+v['mean']**2
-    return (n*v['mean']).sum()**2 <= .75*(n*squares).sum()*n.sum()
+def _is_spread(count, mean, var, **others):
+    "Is the mean of all parts small enough beside their squares?"
+    squares = torch.addcmul(var, mean, mean)
+    return float(count@mean)**2 <= .75*float(count@squares)*float(count.sum())
 
 # %% ../nbs/04a_recorder.ipynb #7daa628e
 class _Todo:
@@ -116,7 +117,7 @@ class _Buffer:
         self.found.append(_Found('parts', self.todo.parts, [look], parts))
         if not self.todo.whole or look.row is None: return
         row = x.reshape(1, -1).to(self.x.dtype)
-        self.found.append(_Found('rows', self.todo.whole, [look], _find(self.todo.whole, _blocks(row))))
+        self.found.append(_Found('rows', self.todo.whole, [look], _find(self.todo.whole, map(_safe, _blocks(row)))))
 
     def _groups(self, key, wanted):
         "`key`, looks and samples of those that are `wanted`, all with the same key in a group"
@@ -134,7 +135,7 @@ class _Buffer:
         "Compute everything about the rows so far, for all of them at once"
         for (k,is_output),looks,X in self._groups(lambda o: (len(o.plan.idx),o.is_output), lambda o: o.row is not None):
             stats = self.todo.of_output if is_output else self.todo.of_gradient
-            if stats: self.found.append(_Found('rows', stats, looks, _find(stats, _blocks(X[:,:k], memory=self.memory))))
+            if stats: self.found.append(_Found('rows', stats, looks, _find(stats, map(_safe, _blocks(X[:,:k], memory=self.memory)))))
         for stat in [] if self.todo.exact else self.todo.channels:
             for (C,K),looks,X in self._groups(lambda o: (o.plan.C,o.plan.K), lambda o: o.plan.C and stat.wants(o, into)):
                 values = stat.of(X[:,:C*K].unflatten(1, (K,C)), self.memory.values)
@@ -222,21 +223,26 @@ def _unreadable(t):
 
 def _plain(t): return t.detach().values() if t.is_nested else t.detach()
 
-def _tensors(o, odd=None, seen=None):
-    "Readable tensors in nested containers, each once; `odd` is a set that collects why others are not"
-    odd,seen = set() if odd is None else odd,set() if seen is None else seen
-    if isinstance(o, Tensor):
-        if not (why := _unreadable(o)): return [o]
-        odd.add(why)
-        return []
-    if id(o) in seen or o is None or isinstance(o, (bool,int,float,str,bytes)): return []
+def _leaves(o, seen=None):
+    "What nested containers hold, each once: tensors, and objects that are not looked into"
+    seen = set() if seen is None else seen
+    if o is None or isinstance(o, (bool,int,float,str,bytes)) or id(o) in seen: return
     seen.add(id(o))
+    if isinstance(o, Tensor): yield o; return
     if isinstance(o, Mapping): o = o.values()
     elif is_dataclass(o) and not isinstance(o, type): o = [getattr(o, f.name) for f in fields(o)]
-    elif not isinstance(o, (tuple,list,set)):
-        odd.add(f'an object of type {type(o).__name__}: of objects, containers and dataclasses are looked into')
-        return []
-    return list({id(t):t for v in o for t in _tensors(v, odd, seen)}.values())
+    elif not isinstance(o, (tuple,list,set)): yield o; return
+    for v in o: yield from _leaves(v, seen)
+
+def _why_not(o):
+    "Why what is in an output cannot be read; None if it can"
+    if isinstance(o, Tensor): return _unreadable(o)
+    return f'an object of type {type(o).__name__}: of objects, containers and dataclasses are looked into'
+
+def _tensors(o):
+    "Readable tensors in nested containers, and why others are not"
+    found = [(v,_why_not(v)) for v in _leaves(o)]
+    return [v for v,why in found if not why],{why for _,why in found if why}
 
 # %% ../nbs/04a_recorder.ipynb #f7921de4
 class _Rule(namedtuple('_Rule', 'sure sizes hint')):
@@ -427,9 +433,9 @@ def _saw(self:ActivationRecorder, i, m, inp, *kw_out):
         with torch._C.DisableTorchFunctionSubclass():
             if len(kw_out)>1: self.constant[i] = _is_constant((inp, kw_out[0]))
             if self.refs[i] is not None and inp: self._see_input(i, inp[0])
-            odd = set()
-            for t in (ts := _tensors(kw_out[-1], odd)): self._see_output(i, t)
-            if not ts: self._note(self.unread, odd, i)
+            tensors,odd = _tensors(kw_out[-1])
+            for t in tensors: self._see_output(i, t)
+            if not tensors: self._note(self.unread, odd, i)
             if self._graded and not torch.is_grad_enabled() and any(p.requires_grad for p in m.parameters()):
                 self._note(self.ungraded, ('they ran without autograd, as in `torch.utils.checkpoint` with `use_reentrant=True`',), i)
     except Exception as e: self.problems.setdefault(i, e.with_traceback(None))   # whose frames hold the tensors
@@ -449,13 +455,9 @@ def _note(self:ActivationRecorder, where, reasons, i):
 
 def _is_constant(inputs):
     "Is there nothing in `inputs` that varies, and nothing that training could change?"
-    try: return all(not t.requires_grad and bool((t==t.flatten()[:1]).all()) for t in _all_tensors(inputs))
+    def still(t): return not t.requires_grad and bool((t==t.flatten()[:1]).all())
+    try: return all(still(t) for t in _leaves(inputs) if isinstance(t, Tensor))
     except Exception: return False    # of a kind that cannot be compared
-
-def _all_tensors(o):
-    if isinstance(o, Tensor): yield o
-    elif isinstance(o, (tuple,list)): yield from (t for v in o for t in _all_tensors(v))
-    elif isinstance(o, dict): yield from (t for v in o.values() for t in _all_tensors(v))
 
 _bn_rule = _Rule(1, frozenset(), None)
 
@@ -485,24 +487,27 @@ def _saw_grad(self:ActivationRecorder, i, g):
     except Exception as e: self.problems.setdefault(i, e.with_traceback(None))   # whose frames hold the tensors
 
 # %% ../nbs/04a_recorder.ipynb #33de00bc
-def _numbers(o):
-    "What was found, by name"
-    return _by_name(o.what, o.values.reshape(-1, o.values.shape[-1])).reshape(o.values.shape[:-1])
-
 def _merged_parts(parts):
     "The looks at tensors that were read in parts, and a row for each"
-    flat = [v.ravel() for _,v in parts]
-    begin = np.cumsum([0]+[len(v) for v in flat[:-1]])
-    return [look for look,_ in parts],Parts(np.concatenate(flat), begin).merged()
+    flat = [o.values.reshape(len(o.values), -1) for o in parts]
+    begin = np.cumsum([0]+[x.shape[1] for x in flat[:-1]])
+    numbers = _by_name(parts[0].what, np.concatenate(flat, 1))
+    return [o.looks[0] for o in parts],Parts(numbers, begin).merged()
+
+def _by_channel(o):
+    "What was found in the parts of a tensor: arrays `[parts,channels,parts]` by name"
+    return {k:x for k,x in _by_name(o.what, o.values).items() if x.shape==o.values.shape[1:]}
 
 @patch
 def _assemble(self:ActivationRecorder, found):
     "One record from what was found"
     rec = Record.empty(self.rows, _states_of(self.stats, self.hist))
-    rows = [(o.looks,_numbers(o)) for o in found if o.kind=='rows']
-    parts = [(o.looks[0],_numbers(o)) for o in found if o.kind=='parts']
-    self._put_values(rec, rows+[_merged_parts(parts)] if parts else rows)
-    for stat in self._todo.channels: self._put_channels(rec, stat, found, parts)
+    rows = [(o.looks,_by_name(o.what, o.values)) for o in found if o.kind=='rows']
+    parts = [o for o in found if o.kind=='parts']
+    if parts: rows.append(_merged_parts(parts))
+    self._put_values(rec, rows)
+    exact = [(o.looks[0],_by_channel(o)) for o in parts]
+    for stat in self._todo.channels: self._put_channels(rec, stat, found, exact)
     self._feeds = (self._feeds or set()) | {o.row for o in self.into}
     self._suspect(rec[:len(self.names)])
     return rec
@@ -516,23 +521,19 @@ def _put_values(self:ActivationRecorder, rec, rows):
     for some,v in rows:
         kept = [i for i,o in enumerate(some) if o in at]
         to = [at[some[i]] for i in kept]
-        for name in v.dtype.names: calls[name][to] = v[name][kept]
+        for name,x in v.items(): calls[name][to] = x[kept]
     calls['count'] = [o.plan.n for o in looks]    # a sample stands for all
     if looks: rec.put([o.row for o in looks], calls)
 
 @patch
-def _put_channels(self:ActivationRecorder, rec, stat, found, parts):
+def _put_channels(self:ActivationRecorder, rec, stat, found, exact):
     "Write what `stat` makes of the channels to the record"
     seen = [(o.looks,o.values) for o in found if o.what is stat]
-    seen += [([look],stat.exact(v)[None]) for look,v in parts if stat.wants(look, self.into)]
-    rows,numbers = [],[]
-    for looks,values in seen:
-        for look,(row,number) in zip(looks, stat.settle(self, looks, values)):
-            rows.append(row)
-            numbers.append((look.plan.n,number))
-    if not rows: return
-    at,merged = _grouped(rows, np.array(numbers, [('count','f8'),(stat.state,stat.dtype)]))
-    rec[stat.state][at] = merged[stat.state]
+    seen += [([look],stat.exact(v)[None]) for look,v in exact if stat.wants(look, self.into)]
+    calls = [(row,x,look.plan.n) for looks,values in seen for look,(row,x) in zip(looks, stat.settle(self, looks, values))]
+    if not calls: return
+    rows,numbers,count = zip(*calls)
+    rec.put(rows, {stat.state:np.array(numbers), 'count':np.array(count)}, only=stat.state)
 
 @patch
 def _suspect(self:ActivationRecorder, rec):
