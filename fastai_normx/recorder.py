@@ -7,7 +7,7 @@ __all__ = ['ActivationRecorder']
 
 # %% ../nbs/04a_recorder.ipynb #3aebfde5
 import sys,threading,weakref
-from collections import Counter,namedtuple
+from collections import namedtuple
 from collections.abc import Mapping
 from contextlib import ExitStack,nullcontext
 from dataclasses import fields,is_dataclass
@@ -23,7 +23,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from fastcore.basics import patch
 from fastcore.foundation import L
-from .stats import _moments
+from .record import (Parts,Record,_blocks,_bn_ref,_by_name,_choose,_count,_find,_hist,_is_cpu,_known,_masked,_safe,
+                                    _Memory,_OfChannels,_room,_rows_of,_Runs,_states_of)
 
 # %% ../nbs/04a_recorder.ipynb #ad93394a
 def _draw(dims, k, c, gen):
@@ -44,171 +45,111 @@ def _places(shape, stride, axis, size, gen=None, chans=None):
     off = (_draw(dims[:axis]+dims[axis+1:], K, C, gen) + c*dims[axis][1]).flatten()
     return torch.cat([off, _draw(dims, size-C*K, 1, gen).flatten()]) if size>C*K else off,C,K
 
-# %% ../nbs/04a_recorder.ipynb #359f52bf
-def _is_cpu(dev): return dev.type=='cpu'
-def _room(D, x, **kw):
-    "Memory for what is like `x`, from the kept memory `D` if that is large enough"
-    return torch.empty_like(x, **kw) if D is None or x.numel()>len(D) else D[:x.numel()].view(x.shape)
-
-_near = .05
-_near_sq = {torch.float32:float(np.float32(_near)**2), torch.float64:_near**2}    # the same values lie within it
-
-def _parts(X, ax, D, centred=True):
-    """Of each block of a matrix along `ax`: values, mean, sum of squared deviations (or of squares), min, max, values near zero:
-    `[6,parts]`.
-    `D` is room to compute in"""
-    step = max(1 if ax else 64, 2**18//X.shape[1])
-    blocks = X.split(step)
-    S = X.new_full((6, len(X) if ax else len(blocks)*X.shape[1]), X.shape[1] if ax else min(step, len(X)))
-    for R,o in zip(blocks, S.split(step if ax else X.shape[1], 1)):
-        d = _room(D, R)
-        _,m,sq,lo,hi,near = o.unsqueeze(1+ax)
-        torch.mean(R, ax, keepdim=True, out=m)
-        torch.sum(torch.sub(R, m, out=d).square_() if centred else torch.mul(R, R, out=d), ax, keepdim=True, out=sq)
-        torch.amin(R, ax, keepdim=True, out=lo)
-        torch.amax(R, ax, keepdim=True, out=hi)
-        torch.sum(torch.abs(R, out=d).le_(_near) if centred else d.le_(_near_sq[X.dtype]), ax, keepdim=True, out=near)
-    if not ax and len(blocks)>1: S[0,-X.shape[1]:] = len(R)
-    if R.shape[ax]<2**24: return S
-    return torch.cat([torch.full_like(S[:1], R.shape[ax], dtype=torch.float64), S[1:]])    # float32 cannot count on
-
-def _row_stats(X, D=None):
-    "The same of all finite values in each row, float64"
-    if _is_cpu(X.device) and (S := _parts(X, 1, D)).sum().isfinite(): return S.double()
-    return torch.stack([*_moments(X)[:5], (X.abs()<=_near).sum(1).double()])
-
-# %% ../nbs/04a_recorder.ipynb #7d0c42ef
-_bins = 64
-
-def _hist(X, mom, D=None, I=None):
-    """`[R,2+bins]` of rows with these `_row_stats`: exponent of the bins' width, number of the first bin, then the counts.
-    `D` and the integers `I` are room to compute in"""
-    n,m,sq,lo,hi,_ = mom
-    sd = (sq/n.clamp(min=1)).sqrt()*8
-    lo,hi = torch.maximum(lo, m-sd).where(n>0, 0.),torch.minimum(hi, m+sd).where(n>0, 0.)
-    e = torch.maximum((hi-lo)/(_bins-2), torch.maximum(lo.abs(), hi.abs())*2**-20).clamp(min=2.**-100).log2().ceil()
-    first = (lo*torch.exp2(-e)).floor()
-    cs,step = [],max(1, len(D)//X.shape[1]) if D is not None and len(D) else len(X)
-    for x,w,f,ok in zip(*(o.split(step) for o in (X, torch.exp2(-e).to(X.dtype)[:,None], first.to(X.dtype)[:,None], n==X.shape[1]))):
-        d,i = _room(D, x),_room(I, x, dtype=torch.int32)
-        i.copy_(torch.mul(x, w, out=d).sub_(f).clamp_(0, _bins-1))
-        i += torch.arange(0, len(x)*_bins, _bins, dtype=torch.int32, device=x.device)[:,None]
-        cpu,N = _is_cpu(x.device),len(x)*_bins
-        if not cpu or not ok.all(): i.masked_fill_(~x.isfinite(), N)
-        if cpu: c = torch.bincount(i.flatten(), minlength=N+1)
-        else: c = torch.zeros(N+1, device=x.device).index_add_(0, i.flatten(), torch.ones_like(x).flatten())
-        cs.append(c[:-1].view(-1, _bins).double())
-    return torch.cat([torch.stack([e,first], 1), torch.cat(cs)], 1)
-
-def _edges(eo): return np.ldexp(eo[1]+np.arange(_bins+1.), int(eo[0]))
-
-# %% ../nbs/04a_recorder.ipynb #eef96936
-def _still(lo, hi):
-    "Which channels with these extremes do not vary"
-    return (hi-lo <= 1e-6*(abs(lo)+abs(hi))) & (abs(hi-lo) < np.inf)
-
-def _halves(X, D=None):
-    "Means and standard deviations `[R,2,2,C]` of the two halves of `[R,K,C]`"
-    k = X.shape[1]//2
-    H = X[:,:2*k].unflatten(1, (k,2))
-    m = H.mean(1)
-    s = (torch.sub(H, m[:,None], out=_room(D, H)).square_().sum(1)/(k-1)).sqrt()*(1+1/(4*(k-1))) if k>1 else m*np.nan
-    return torch.stack([m,s], 2)
-
-def _bn_dist(halves, ref):
-    "How far batches `[R,2,2,C]` are from running statistics `[R,3,C]`, in running standard deviations"
-    with np.errstate(all='ignore'): d = ((halves-ref[:,None,:2]).prod(1).sum(1)/ref[:,2]**2).mean(1)
-    return np.sqrt(np.where(np.isfinite(d), d, np.nan).clip(0))
-
-def _bn_ref(m):
-    "Running mean, standard deviation, and the scale to measure by, `[3,C]`, of a BatchNorm that was trained; or None"
-    if not isinstance(m, _BatchNorm) or m.running_mean is None or is_lazy(m.running_mean) or m.running_mean.is_meta: return
-    if (m.running_mean==0).all() and (m.running_var==1).all(): return
-    mu,var = (o.detach().double().cpu().numpy() for o in (m.running_mean,m.running_var))
-    return np.stack([mu, np.sqrt(var), np.sqrt(np.maximum(var, .01*var.mean())+m.eps)])
-
 # %% ../nbs/04a_recorder.ipynb #472c4174
-def _exact(x, axis, D, bn=True):
-    """The same of all of `x`, in parts of its channels: `[6,parts,C,parts]`.
-    Without `bn` a part's sum of squares need not be good beside its mean, only the layer's"""
+def _as_matrix(x, axis):
+    "`x` as it lies in memory, the axis to look along, and in how many parts the values of a channel lie side by side"
+    if not x.is_contiguous(): x,axis = x.movedim(axis, -1).contiguous(),x.ndim-1
+    n,C,k = prod(x.shape[:axis]),x.shape[axis],prod(x.shape[axis+1:])    # `x` is [n,C,k] in memory
+    if k>=64: return x.view(-1, k),1,1
+    r = gcd(n, 32//gcd(C*k, 32)) if C*k<2**12 else 1    # rows of 32 or a multiple are fast
+    return x.view(n//r, -1),0,k
+
+def _exact(x, axis, stats, memory=None, by_channel=True):
+    """The states of all of `x`, in parts of its channels: `[numbers,parts,channels,parts]`.
+    Without `by_channel` a part's variance need not be good beside its mean, only the layer's"""
     if x.dtype not in (torch.float32,torch.float64): x = x.float()
     if axis is None: x,axis = x.reshape(1, 1, -1),1
-    if _is_cpu(x.device):
-        if not x.is_contiguous(): x,axis = x.movedim(axis, -1).contiguous(),x.ndim-1
-        n,C,k = prod(x.shape[:axis]),x.shape[axis],prod(x.shape[axis+1:])       # `x` is [n,C,k] in memory
-        r = gcd(n, 32//gcd(C*k, 32)) if C*k<2**12 else 1        # rows of 32 or a multiple are fast
-        X,ax = (x.view(-1, k),1) if k>=64 else (x.view(n//r, -1),0)
-        S = _parts(X, ax, D, bn)
-        if isfinite(sq := float(S[2].sum())):
-            if not bn:
-                w = S[0]*S[1]
-                if float(w.sum())**2 <= .75*sq*x.numel(): S[2].addcmul_(w, S[1], value=-1)
-                else: S = _parts(X, ax, D)
-            return S.view(6, -1, C, 1 if k>=64 else k)
-    X = x.movedim(axis, 0).flatten(1)
-    return torch.cat([_row_stats(o.double()) for o in X.split(max(1, 2**22//X.shape[1]))], 1)[:,None,:,None]
+    if _is_cpu(x.device): X,ax,side = _as_matrix(x, axis)
+    else: X,ax,side = x.movedim(axis, 0).flatten(1),1,1
+    plain = not by_channel and _is_cpu(x.device)
+    found = _find(stats, _blocks(X, ax, memory, plain))
+    if plain and not _is_spread(**_by_name(stats, found)): found = _find(stats, _blocks(X, ax, memory))
+    if _is_cpu(x.device) and not isfinite(float(found.sum())): found = _find(stats, _masked(X, ax))
+    return found.view(len(found), -1, x.shape[axis], side)
 
-def _join(n, m, sq):
-    "Values, mean and sum of squared deviations of each channel, from its parts (Chan et al.)"
-    N = n.sum((0,2))
-    mean = (n*m).sum((0,2))/np.maximum(N, 1)
-    return N,mean,(sq+n*(m-mean[:,None])**2).sum((0,2))
+def _is_spread(count, mean, var, **others):
+    "Is the mean of all parts small enough beside their squares?"
+    squares = torch.addcmul(var, mean, mean)
+    return float(count@mean)**2 <= .75*float(count@squares)*float(count.sum())
 
 # %% ../nbs/04a_recorder.ipynb #7daa628e
+class _Todo:
+    "What is to be computed of tensors: from a sample, or of all values at once (`whole`) or part by part"
+    def __init__(self, names, hist, exact):
+        states = _states_of(names)
+        self.channels = [o for o in states if isinstance(o, _OfChannels)]
+        self.values = [o for o in states if o not in self.channels]
+        self.exact,self.parts = exact,[o for o in self.values if o.streams]
+        self.whole = [o for o in self.values if not o.streams]
+        self.of_gradient = [] if exact else self.values
+        self.of_output = self.of_gradient or [_count]
+        if hist: self.of_output = [*self.of_output,_hist]
+
 _Plan = namedtuple('_Plan', 'n k idx C K chans span axis')
+_Found = namedtuple('_Found', 'kind what looks values')    # `kind`: 'rows' of states, 'parts' of a tensor, or 'channels'
+
+class _Look:
+    "A tensor that was looked at by a plan: `row` of the record, whether `is_output`; no row: it is only the input of a BatchNorm"
+    def __init__(self, row, plan, is_output): self.row,self.plan,self.is_output = row,plan,is_output
 
 class _Buffer:
-    """Samples of tensors on one device and of one precision, a row each, and what was computed from them; histograms of the first
-    `hist` layers"""
-    def __init__(self, rows, size, device, dtype, hist, exact):
-        self.hist,self.exact,self.meta,self.done = hist,exact,[],[]
+    "Samples of tensors on one device and of one precision, a row each, and what was computed from them"
+    def __init__(self, rows, size, device, dtype, todo):
+        self.todo,self.looks,self.found = todo,[],[]
         with torch.inference_mode(False):
             self.x = torch.empty(rows, size, device=device, dtype=dtype)
             self.rows = self.x.unbind(0)
-            kept = 2**18 if _is_cpu(device) else 0    # since fresh memory is slow
-            self.room,self.some,self.ints = (self.x.new_empty(kept, dtype=t) for t in (dtype,dtype,torch.int32))
+            self.memory = _Memory(device, dtype)
 
-    def add(self, x, meta):
-        if len(self.meta)==len(self.rows): self.reduce()   # not before: a BatchNorm may have claimed the last row
-        p,row = meta[2],self.rows[len(self.meta)]
+    def add(self, x, look, into):
+        "Take a sample; `into` tells into which BatchNorm a tensor goes"
+        if len(self.looks)==len(self.rows): self.reduce(into)   # not before: the last one may have gone into a BatchNorm since
+        p,row = look.plan,self.rows[len(self.looks)]
         x,row = x.as_strided((p.span,), (1,)),row if len(p.idx)==len(row) else row[:len(p.idx)]
         if x.dtype==row.dtype: torch.index_select(x, 0, p.idx, out=row)
         else: row.copy_(x.index_select(0, p.idx))
-        self.meta.append(meta)
+        self.looks.append(look)
 
-    def _groups(self, key):
-        "`meta` of the rows with the same `key`, and the rows"
-        groups,x = {},self.x.cpu() if self.x.device.type=='mps' else self.x   # which has no float64
-        for r,m in enumerate(self.meta): groups.setdefault(key(m), []).append(r)
+    def read(self, x, look, by_channel):
+        "Read all values"
+        if x.device.type=='mps': x = x.cpu()    # which has no float64
+        parts = _exact(x, look.plan.axis, self.todo.parts, self.memory, by_channel)
+        self.found.append(_Found('parts', self.todo.parts, [look], parts))
+        if not self.todo.whole or look.row is None: return
+        row = x.reshape(1, -1).to(self.x.dtype)
+        self.found.append(_Found('rows', self.todo.whole, [look], _find(self.todo.whole, map(_safe, _blocks(row)))))
+
+    def _groups(self, key, wanted):
+        "`key`, looks and samples of those that are `wanted`, all with the same key in a group"
+        groups,x = {},self.x.cpu() if self.x.device.type=='mps' else self.x
+        for r,look in enumerate(self.looks):
+            if wanted(look): groups.setdefault(key(look), []).append(r)
         for k,rows in groups.items():
-            if rows[-1]-rows[0]<len(rows): yield k,[self.meta[r] for r in rows],x[rows[0]:rows[-1]+1]; continue
-            step = len(self.some)//x.shape[1] or len(rows)
+            if rows[-1]-rows[0]<len(rows): yield k,[self.looks[r] for r in rows],x[rows[0]:rows[-1]+1]; continue
+            step = len(self.memory.rows)//x.shape[1] or len(rows)
             for part in (rows[i:i+step] for i in range(0, len(rows), step)):
                 at = torch.tensor(part, device=x.device)
-                yield k,[self.meta[r] for r in part],torch.index_select(x, 0, at, out=_room(self.some, x[:len(part)]))
+                yield k,[self.looks[r] for r in part],torch.index_select(x, 0, at, out=_room(self.memory.rows, x[:len(part)]))
 
-    def reduce(self):
+    def reduce(self, into):
         "Compute everything about the rows so far, for all of them at once"
-        for (k,hist),ms,X in self._groups(lambda m: (len(m[2].idx), m[0] is not None and m[0]<self.hist)):
-            if self.exact and not hist: continue
-            mom = _row_stats(X[:,:k], self.room)
-            if not self.exact: self.done.append(('mom', ms, mom))
-            if hist: self.done.append(('hist', ms, _hist(X[:,:k], mom, self.room, self.ints)))
-        for (C,K,bn),ms,X in self._groups(lambda m: (m[2].C,m[2].K,m[1] is not None)) if not self.exact else ():
-            if not C: continue
-            X = X[:,:C*K].unflatten(1, (K,C))
-            self.done.append(('still', ms, _still(X.amin(1), X.amax(1))))
-            if bn: self.done.append(('bn', ms, _halves(X, self.room)))
-        self.meta = []
+        for (k,is_output),looks,X in self._groups(lambda o: (len(o.plan.idx),o.is_output), lambda o: o.row is not None):
+            stats = self.todo.of_output if is_output else self.todo.of_gradient
+            if stats: self.found.append(_Found('rows', stats, looks, _find(stats, map(_safe, _blocks(X[:,:k], memory=self.memory)))))
+        for stat in [] if self.todo.exact else self.todo.channels:
+            for (C,K),looks,X in self._groups(lambda o: (o.plan.C,o.plan.K), lambda o: o.plan.C and stat.wants(o, into)):
+                values = stat.of(X[:,:C*K].unflatten(1, (K,C)), self.memory.values)
+                self.found.append(_Found('channels', stat, looks, values))
+        self.looks = []
 
-    def fetch(self):
-        "All that was computed, in one copy to the host: (kind, meta of each row, array)"
-        self.reduce()
-        done,self.done = self.done,[]
-        if not done: return []
-        flat = torch.cat([t.flatten().double() for *_,t in done]).cpu().numpy()
-        ends = np.cumsum([t.numel() for *_,t in done])
-        return [(k, ms, flat[e-t.numel():e].reshape(t.shape)) for (k,ms,t),e in zip(done, ends)]
+    def fetch(self, into):
+        "All that was computed, in one copy to the host"
+        self.reduce(into)
+        found,self.found = self.found,[]
+        if not found: return []
+        flat = torch.cat([o.values.flatten().double() for o in found]).cpu().numpy()
+        ends = np.cumsum([o.values.numel() for o in found])
+        return [o._replace(values=flat[e-o.values.numel():e].reshape(o.values.shape)) for o,e in zip(found, ends)]
 
 # %% ../nbs/04a_recorder.ipynb #37587d96
 _lists = nn.ParameterList,nn.ParameterDict
@@ -282,21 +223,26 @@ def _unreadable(t):
 
 def _plain(t): return t.detach().values() if t.is_nested else t.detach()
 
-def _tensors(o, odd=None, seen=None):
-    "Readable tensors in nested containers, each once; `odd` is a set that collects why others are not"
-    odd,seen = set() if odd is None else odd,set() if seen is None else seen
-    if isinstance(o, Tensor):
-        if not (why := _unreadable(o)): return [o]
-        odd.add(why)
-        return []
-    if id(o) in seen or o is None or isinstance(o, (bool,int,float,str,bytes)): return []
+def _leaves(o, seen=None):
+    "What nested containers hold, each once: tensors, and objects that are not looked into"
+    seen = set() if seen is None else seen
+    if o is None or isinstance(o, (bool,int,float,str,bytes)) or id(o) in seen: return
     seen.add(id(o))
+    if isinstance(o, Tensor): yield o; return
     if isinstance(o, Mapping): o = o.values()
     elif is_dataclass(o) and not isinstance(o, type): o = [getattr(o, f.name) for f in fields(o)]
-    elif not isinstance(o, (tuple,list,set)):
-        odd.add(f'an object of type {type(o).__name__}: of objects, containers and dataclasses are looked into')
-        return []
-    return list({id(t):t for v in o for t in _tensors(v, odd, seen)}.values())
+    elif not isinstance(o, (tuple,list,set)): yield o; return
+    for v in o: yield from _leaves(v, seen)
+
+def _why_not(o):
+    "Why what is in an output cannot be read; None if it can"
+    if isinstance(o, Tensor): return _unreadable(o)
+    return f'an object of type {type(o).__name__}: of objects, containers and dataclasses are looked into'
+
+def _tensors(o):
+    "Readable tensors in nested containers, and why others are not"
+    found = [(v,_why_not(v)) for v in _leaves(o)]
+    return [v for v,why in found if not why],{why for _,why in found if why}
 
 # %% ../nbs/04a_recorder.ipynb #f7921de4
 class _Rule(namedtuple('_Rule', 'sure sizes hint')):
@@ -345,19 +291,21 @@ class ActivationRecorder:
         layers=None, # Names, patterns like `'0.*.conv?'`, types, modules, `f(name, module)->bool`; None: innermost modules with parameters
         hist:bool=True, # Histograms too?
         sample:int=4096, # Values looked at per layer and batch; None: all, exactly, but for histograms, which are of 4096
-        grads:bool=False # Also of the gradients with respect to the outputs?
+        grads:bool=False, # Also of the gradients with respect to the outputs?
+        stats=None # Names of more statistics: 'kurtosis', 'p25', 'p50', 'p75', or of your own
     ):
         self.chosen,self.sample,self.hist,self.grads = layers,_check_sample(sample),hist,grads
+        self.stats = _choose(stats)
         self._watch(model, _select(model, layers))
         self.names,self.refs = list(self.layers),[_bn_ref(m) for m in self.layers.values()]
         self.rows = len(self.names)*(1+grads)                 # the second half are gradients
         self.calls = np.zeros(2*len(self.names), int)         # how often each was called
-        self.looked,self.still,self.record,self.problems = Counter(),{},None,{}
+        self.runs,self.record,self.problems = _Runs(),None,{}
         self.unread,self.ungraded = {},{}    # why: rows whose output, or its gradient, cannot be looked at
         self.constant = {}                   # whether what goes into a row does not vary, asked of rows that seem dead
         self._feeds = None   # rows whose layers' outputs were seen to go into a BatchNorm, once that is known
         self._lock,self._on,self._draws,self._gen = threading.Lock(),ExitStack(),0,torch.Generator().manual_seed(0)
-        self._bufs = {}
+        self._todo,self._bufs = _Todo(self.stats, hist, sample is None),{}
         self.free()
 
     def _watch(self, model, layers):
@@ -370,7 +318,8 @@ class ActivationRecorder:
     def __exit__(self, *exc): self.stop(); self.collect()
     def _clear(self):
         self._last,self.alive,self._draws = None,False,self._draws+1
-        for b in self._bufs.values(): b.meta,b.done = [],[]
+        self.into = {}    # tensors that were looked at, and the numbers of the BatchNorms that they go into
+        for b in self._bufs.values(): b.looks,b.found = [],[]
 
     def start(self):
         "Hooks on"
@@ -411,7 +360,7 @@ def look_at(self:ActivationRecorder,
     self._watch(model, {n:now.get(n, m) for n,m in self.layers.items()})
     self.missing = [n for n in self.names if n not in now]
     for i,(m,ref) in enumerate(zip(self.layers.values(), self.refs)):
-        if ref is not None and not (isinstance(m, _BatchNorm) and m.num_features==ref.shape[1]): self.refs[i] = _bn_ref(m)
+        if ref is not None and not (isinstance(m, _BatchNorm) and m.num_features==len(ref.mean)): self.refs[i] = _bn_ref(m)
 
 ActivationRecorder.strange = ActivationRecorder.missing = ()
 
@@ -439,22 +388,23 @@ def _plan(self:ActivationRecorder, key):
     return p
 
 @patch
-def _take(self:ActivationRecorder, x, row, rule, bn=None):
-    "Note what is to be known of the tensor `x`; with `row` None it is the input of the BatchNorm `bn`, and that is all to know"
-    dev = x.device
-    key = x.shape,x.stride(),rule,row is None,dev
+def _take(self:ActivationRecorder, x, row, rule):
+    "Look at the tensor `x`, for `row` of the record; None: it is the input of a BatchNorm, and that is all to know"
+    key = x.shape,x.stride(),rule,row is None,x.device
     with self._lock:
-        p = self._plans.get(key) or self._plan(key)
-        if not p.k: return
-        at = dev,torch.float64 if x.dtype==torch.float64 else torch.float32
-        exact = self.sample is None
-        if at not in self._bufs: self._bufs[at] = _Buffer(max(8, self.rows), self.sample or 4096, *at, self.hist*len(self.names), exact)
-        b,meta = self._bufs[at],[row,bn,p]
-        if exact:
-            by_channel = row is None or self._feeds is None or row in self._feeds
-            b.done.append(('exact', [meta], _exact(x.cpu() if dev.type=='mps' else x, p.axis, b.room, by_channel)))
-        if p.idx is not None: b.add(x, meta)
-    return meta
+        plan = self._plans.get(key) or self._plan(key)
+        if not plan.k: return
+        look,b = _Look(row, plan, row is not None and row<len(self.names)),self._buffer(x)
+        if self.sample is None: b.read(x, look, by_channel=row is None or self._feeds is None or row in self._feeds)
+        if plan.idx is not None: b.add(x, look, self.into)
+    return look
+
+@patch
+def _buffer(self:ActivationRecorder, x):
+    "The buffer for tensors like `x`"
+    key = x.device,torch.float64 if x.dtype==torch.float64 else torch.float32
+    if key not in self._bufs: self._bufs[key] = _Buffer(max(8, self.rows), self.sample or 4096, *key, self._todo)
+    return self._bufs[key]
 
 # %% ../nbs/04a_recorder.ipynb #b4671353
 class _Hook:
@@ -483,9 +433,9 @@ def _saw(self:ActivationRecorder, i, m, inp, *kw_out):
         with torch._C.DisableTorchFunctionSubclass():
             if len(kw_out)>1: self.constant[i] = _is_constant((inp, kw_out[0]))
             if self.refs[i] is not None and inp: self._see_input(i, inp[0])
-            odd = set()
-            for t in (ts := _tensors(kw_out[-1], odd)): self._see_output(i, t)
-            if not ts: self._note(self.unread, odd, i)
+            tensors,odd = _tensors(kw_out[-1])
+            for t in tensors: self._see_output(i, t)
+            if not tensors: self._note(self.unread, odd, i)
             if self._graded and not torch.is_grad_enabled() and any(p.requires_grad for p in m.parameters()):
                 self._note(self.ungraded, ('they ran without autograd, as in `torch.utils.checkpoint` with `use_reentrant=True`',), i)
     except Exception as e: self.problems.setdefault(i, e.with_traceback(None))   # whose frames hold the tensors
@@ -493,8 +443,8 @@ def _saw(self:ActivationRecorder, i, m, inp, *kw_out):
 @patch
 def _see_output(self:ActivationRecorder, i, t):
     "`t` is a tensor that layer `i` gave"
-    meta = self._take(_plain(t), i, self.rules[i])
-    self._last = weakref.ref(t),_version(t),meta
+    look = self._take(_plain(t), i, self.rules[i])
+    self._last = _Last(weakref.ref(t), _version(t), look)
     if not self._graded or not t.requires_grad: return
     if t.is_leaf: self._note(self.ungraded, ('they return a parameter as it is, which has its gradient in `.grad`',), i)
     else: t.register_hook(_SawGrad(self, i))
@@ -505,25 +455,28 @@ def _note(self:ActivationRecorder, where, reasons, i):
 
 def _is_constant(inputs):
     "Is there nothing in `inputs` that varies, and nothing that training could change?"
-    try: return all(not t.requires_grad and bool((t==t.flatten()[:1]).all()) for t in _all_tensors(inputs))
+    def still(t): return not t.requires_grad and bool((t==t.flatten()[:1]).all())
+    try: return all(still(t) for t in _leaves(inputs) if isinstance(t, Tensor))
     except Exception: return False    # of a kind that cannot be compared
-
-def _all_tensors(o):
-    if isinstance(o, Tensor): yield o
-    elif isinstance(o, (tuple,list)): yield from (t for v in o for t in _all_tensors(v))
-    elif isinstance(o, dict): yield from (t for v in o.values() for t in _all_tensors(v))
 
 _bn_rule = _Rule(1, frozenset(), None)
 
 def _version(t): return object() if t.is_inference() else t._version    # those do not count what is done in place
 
+_Last = namedtuple('_Last', 'tensor version look')
+
 @patch
 def _see_input(self:ActivationRecorder, i, x):
     "The input of BatchNorm `i`: most often it was just seen as the output of a convolution"
     last,self._last = self._last,None
-    meta = last[2] if last and last[0]() is x and last[1]==_version(x) else None
-    if meta and meta[2].C and meta[2].axis==1 and (self.sample is None or meta[2].K>=8): meta[1] = i
-    else: self._take(x.detach(), None, _bn_rule, bn=i)
+    look = last.look if last and last.tensor() is x and last.version==_version(x) else None
+    if not (look and self._will_do(look.plan)): look = self._take(x.detach(), None, _bn_rule)
+    if look: self.into[look] = i
+
+@patch
+def _will_do(self:ActivationRecorder, plan):
+    "Does a BatchNorm find enough of its channels in what was looked at by `plan`?"
+    return plan.C and plan.axis==1 and (self.sample is None or plan.K>=8)
 
 @patch
 def _saw_grad(self:ActivationRecorder, i, g):
@@ -533,147 +486,86 @@ def _saw_grad(self:ActivationRecorder, i, g):
         with torch._C.DisableTorchFunctionSubclass(): self._take(_plain(g), len(self.names)+i, self.rules[i])
     except Exception as e: self.problems.setdefault(i, e.with_traceback(None))   # whose frames hold the tensors
 
-# %% ../nbs/04a_recorder.ipynb #587de6e5
-_n,_mean,_var,_min,_max,_near0,_bad,_dead,_bn = range(9)
-
-def _empty(rows, hist):
-    "A record of nothing: values `[rows,9]`, and histograms `[rows,bins]` with their exponents and first bins `[rows,2]`"
-    v = np.tile([0, 0, 0, np.inf, -np.inf, 0, 0, np.nan, np.nan], (rows,1))
-    return (v,) + ((np.zeros((rows,_bins), np.int64),np.tile([-100,0], (rows,1))) if hist else ())
-
-# %% ../nbs/04a_recorder.ipynb #aa6eb24f
-def _merge_hists(a, ea, b, eb):
-    "Counts of `a` and `b` on bins wide enough for both: widths are powers of two, edges multiples of them, so nothing is split"
-    parts = [(c, eo[:,:1], eo[:,1:]+np.arange(_bins)) for c,eo in ((a,ea),(b,eb))]
-    e = np.max([np.where(c.any(1, keepdims=True), x, -100) for c,x,_ in parts], 0)
-    while True:
-        I = [np.floor(i*2.**(x-e)) for _,x,i in parts]
-        first = np.min([np.where(c>0, i, np.inf).min(1, keepdims=True) for (c,*_),i in zip(parts, I)], 0)
-        last = np.max([np.where(c>0, i, -np.inf).max(1, keepdims=True) for (c,*_),i in zip(parts, I)], 0)
-        if not (wide := last-first>=_bins).any(): break
-        e = e+wide
-    out,r,first = np.zeros((len(a),_bins), np.int64),np.arange(len(a))[:,None],np.where(np.isfinite(first), first, 0)
-    for (c,*_),i in zip(parts, I): np.add.at(out, (r, (i-first).clip(0, _bins-1).astype(int)), c)
-    return out,np.concatenate([e,first], 1).astype(np.int64)
-
-# %% ../nbs/04a_recorder.ipynb #2da527d8
-def _merge(a, b):
-    "The record of what `a` and `b` saw, taken together"
-    (p,*ha),(q,*hb) = a,b
-    N,fa,fb = p[:,_n]+q[:,_n],p[:,_n]*(1-p[:,_bad]),q[:,_n]*(1-q[:,_bad])
-    def avg(i, wa, wb):
-        x,y = (np.where(w>0, v[:,i], 0) for v,w in ((p,wa),(q,wb)))
-        return x + (y-x)*wb/np.maximum(wa+wb, 1e-300)
-    v = np.empty_like(p)
-    v[:,_n],v[:,_mean],v[:,_near0],v[:,_bad] = N,avg(_mean, fa, fb),avg(_near0, p[:,_n], q[:,_n]),avg(_bad, p[:,_n], q[:,_n])
-    d = np.where((fa>0)&(fb>0), q[:,_mean]-p[:,_mean], 0)
-    v[:,_var] = avg(_var, fa, fb) + d*d*fa*fb/np.maximum(fa+fb, 1)**2
-    v[:,_min],v[:,_max],v[:,_dead] = np.fmin(p[:,_min], q[:,_min]),np.fmax(p[:,_max], q[:,_max]),np.fmax(p[:,_dead], q[:,_dead])
-    v[:,_bn] = avg(_bn, *(np.where(np.isnan(o[:,_bn]), 0, o[:,_n]) for o in (p,q)))
-    v[np.isnan(p[:,_bn]) & np.isnan(q[:,_bn]),_bn] = np.nan
-    return (v,) + (_merge_hists(*ha, *hb) if ha else ())
-
 # %% ../nbs/04a_recorder.ipynb #33de00bc
-@patch
-def _dead_share(self:ActivationRecorder, row, K, still):
-    "Count, for each channel, how many values in a row did not vary; the share of those with 256 or more"
-    key = row,len(still)
-    self.looked[key] += K
-    c = self.still.pop(key, 0)
-    if still.any(): self.still[key] = c = (c+K)*still
-    return (np.mean(c>=256) if still.any() else 0.) if self.looked[key]>=256 else np.nan
+def _merged_parts(parts):
+    "The looks at tensors that were read in parts, and a row for each"
+    flat = [o.values.reshape(len(o.values), -1) for o in parts]
+    begin = np.cumsum([0]+[x.shape[1] for x in flat[:-1]])
+    numbers = _by_name(parts[0].what, np.concatenate(flat, 1))
+    return [o.looks[0] for o in parts],Parts(numbers, begin).merged()
 
-def _as_rows(done):
-    "What was computed, with that of all parts of a layer in the terms of a row"
-    yield from (o for o in done if o[0]!='exact')
-    if not (done := [(ms,A) for kind,ms,A in done if kind=='exact']): return
-    n,m,sq,lo,hi,near = np.concatenate([A.reshape(6, -1) for _,A in done], 1)
-    size = [A[0].size for _,A in done]
-    at = np.cumsum([0,*size[:-1]])
-    N = np.add.reduceat(n, at)
-    mean = np.add.reduceat(n*m, at)/np.maximum(N, 1)
-    dev = np.add.reduceat(sq+n*(m-np.repeat(mean, size))**2, at)
-    ends = np.minimum.reduceat(lo, at),np.maximum.reduceat(hi, at)
-    yield 'mom',[ms[0] for ms,_ in done],np.stack([N, mean, dev, *ends, np.add.reduceat(near, at)])
-    for (ms,A),still in zip(done, np.logical_or.reduceat(_still(lo, hi), at)):
-        _,bn,p = ms[0]
-        if p.K>1: yield 'still',ms,_still(A[3].min((0,2)), A[4].max((0,2)))[None] if still else np.zeros((1,p.C))
-        if bn is None: continue
-        n,m,sq = _join(*A[:3])
-        yield 'bn',ms,np.array([[[m,np.sqrt(sq/np.maximum(n, 1))]]*2])
+def _by_channel(o):
+    "What was found in the parts of a tensor: arrays `[parts,channels,parts]` by name"
+    return {k:x for k,x in _by_name(o.what, o.values).items() if x.shape==o.values.shape[1:]}
+
 @patch
-def _suspect(self:ActivationRecorder, v):
+def _assemble(self:ActivationRecorder, found):
+    "One record from what was found"
+    rec = Record.empty(self.rows, _states_of(self.stats, self.hist))
+    rows = [(o.looks,_by_name(o.what, o.values)) for o in found if o.kind=='rows']
+    parts = [o for o in found if o.kind=='parts']
+    if parts: rows.append(_merged_parts(parts))
+    self._put_values(rec, rows)
+    exact = [(o.looks[0],_by_channel(o)) for o in parts]
+    for stat in self._todo.channels: self._put_channels(rec, stat, found, exact)
+    self._feeds = (self._feeds or set()) | {o.row for o in self.into}
+    self._suspect(rec[:len(self.names)])
+    return rec
+
+@patch
+def _put_values(self:ActivationRecorder, rec, rows):
+    "Write `(looks, numbers)` to the record"
+    looks = list({o:None for looks,_ in rows for o in looks if o.row is not None})
+    at = {o:i for i,o in enumerate(looks)}
+    calls = _rows_of(len(looks), self._todo.values+[_hist]*self.hist)
+    for some,v in rows:
+        kept = [i for i,o in enumerate(some) if o in at]
+        to = [at[some[i]] for i in kept]
+        for name,x in v.items(): calls[name][to] = x[kept]
+    calls['count'] = [o.plan.n for o in looks]    # a sample stands for all
+    if looks: rec.put([o.row for o in looks], calls)
+
+@patch
+def _put_channels(self:ActivationRecorder, rec, stat, found, exact):
+    "Write what `stat` makes of the channels to the record"
+    seen = [(o.looks,o.values) for o in found if o.what is stat]
+    seen += [([look],stat.exact(v)[None]) for look,v in exact if stat.wants(look, self.into)]
+    calls = [(row,x,look.plan.n) for looks,values in seen for look,(row,x) in zip(looks, stat.settle(self, looks, values))]
+    if not calls: return
+    rows,numbers,count = zip(*calls)
+    rec.put(rows, {stat.state:np.array(numbers), 'count':np.array(count)}, only=stat.state)
+
+@patch
+def _suspect(self:ActivationRecorder, rec):
     "Which rows seem dead: the next time it is asked whether what goes into them varies"
-    still = (v[:,_dead]>=.5) | (v[:,_min]==v[:,_max])
+    still = (rec['dead']>=.5) | (rec['min']==rec['max'])
     self.constant = {i:self.constant.get(i, False) for i in np.flatnonzero(still).tolist()}
 
 # %% ../nbs/04a_recorder.ipynb #ff568559
 @patch
 def collect(self:ActivationRecorder):
     "Compute the record of what was seen since `start`, free the memory, and return it; None if no layer ran"
-    done = [o for b in self._bufs.values() for o in b.fetch()]
-    self._clear()
+    try:
+        found = [o for b in self._bufs.values() for o in b.fetch(self.into)]
+        self.record = self._assemble(found) if found else None
+    finally: self._clear()
     for k in list(self._plans)[self._draws//2%8::8]:     # places are drawn anew every 8 records, and forgotten when not used
         if self._plans[k]: self._plans[k] = None
         else: del self._plans[k]
-    self.record = self._assemble(done) if done else None
     return self.record
 
-@patch
-def _assemble(self:ActivationRecorder, done):
-    "One record from what was computed: several calls of a module are taken together"
-    calls,hists,dead,dists,nth = [],{},{},{},Counter()
-    self._feeds = self._feeds or set()
-    for kind,ms,A in _as_rows(done):
-        if kind=='mom': calls += [(m,a) for m,a in zip(ms, A.T) if m[0] is not None]
-        elif kind=='hist': hists.update((id(m),a) for m,a in zip(ms, A))
-        elif kind=='still':
-            for (row,_,p),a in zip(ms, A):
-                if row is not None: dead[row] = np.fmax(dead.get(row, np.nan), self._dead_share(row, p.K, a>0))
-        else:
-            ref = np.stack([r if p.chans is None else r[:,p.chans] for r,p in ((self.refs[bn],p) for _,bn,p in ms)])
-            self._feeds.update(m[0] for m in ms)
-            for (_,bn,p),d in zip(ms, _bn_dist(A, ref)): dists.setdefault(bn, []).append((d,p.n))
-    rounds,rec = [],_empty(self.rows, self.hist)
-    for m,a in calls:
-        if nth[m[0]]==len(rounds): rounds.append([])
-        rounds[nth[m[0]]].append((m,a))
-        nth[m[0]] += 1
-    for j,o in enumerate(rounds):
-        r,k,n = np.array([(m[0],m[2].k,m[2].n) for m,_ in o]).T
-        (f,mean,sq,lo,hi,near),one = np.stack([a for _,a in o], 1),_empty(self.rows, self.hist) if j else rec
-        one[0][r,:_dead] = np.column_stack([n, mean, sq/np.maximum(f, 1), lo, hi, near/k, 1-f/k])
-        if self.hist:
-            for m,_ in o:
-                if (h := hists.get(id(m))) is not None: one[1][m[0]],one[2][m[0]] = h[2:],h[:2]
-        if j: rec = _merge(rec, one)
-    for i,d in dead.items(): rec[0][i,_dead] = d
-    for i,d in dists.items(): rec[0][i,_bn] = np.average([a for a,_ in d], weights=[n for _,n in d])
-    self._suspect(rec[0][:len(self.names)])
-    return rec
-
 # %% ../nbs/04a_recorder.ipynb #772ac597
-_cols = dict(mean=_mean, std=_var, min=_min, max=_max, near_zero=_near0, nonfinite=_bad, dead=_dead, bn_dist=_bn)
-
-def _columns(v):
-    "Columns of values `[...,9]`, those of what was not finite or not seen NaN"
-    v = v.copy()
-    none = v[...,_n]*(1-v[...,_bad])<.5
-    v[...,_var] = np.sqrt(v[...,_var].clip(0))
-    for c in (_mean,_var,_min,_max): v[...,c][none] = np.nan
-    for c in (_near0,_bad): v[...,c][v[...,_n]==0] = np.nan
-    return {k:v[...,c] for k,c in _cols.items()}
-
-def _frame(names, metas, recs, grads=False):
+def _frame(names, metas, recs, stats, grads=False):
     "A tidy table: a row for each record and layer that ran"
     import pandas as pd
-    n,V = len(names),np.stack([r[0] for r in recs])
-    ran = V[:,:n,_n].ravel()>0
+    n,rec = len(names),Record.stacked(recs)
+    out,grad = (rec[:,rows] for rows in (slice(n),slice(n, None)))
+    ran = out['count'].ravel()>0
     d = {k:np.repeat([m[k] for m in metas], n)[ran] for k in metas[0]}
     d['layer'] = np.tile(np.array(names, object), len(recs))[ran]
-    d['count'] = V[:,:n,_n].ravel()[ran].astype(np.int64)
-    d |= {k:o.ravel()[ran] for k,o in _columns(V[:,:n]).items()}
-    if grads: d |= {f'grad_{k}':o.ravel()[ran] for k,o in _columns(V[:,n:]).items() if k in ('mean','std','min','max','nonfinite')}
+    d['count'] = out['count'].ravel()[ran].astype(np.int64)
+    d |= {k:out.column(k).ravel()[ran] for k in stats}
+    if grads: d |= {f'grad_{k}':grad.column(k).ravel()[ran] for k in stats if _known[k].grads}
     return pd.DataFrame(d)
 
 _run_it = 'run the model inside `with recorder:`. If it is compiled, give the recorder what `torch.compile` returned.'
@@ -698,4 +590,4 @@ def _first_of(names, n): return ', '.join(names[:n]) + ', ...'*(len(names)>n)
 def to_df(self:ActivationRecorder): # A `DataFrame`
     "The last record: a row for each layer that ran"
     if self.record is None: raise ValueError(f'Nothing is recorded: {self._why_nothing() or _run_it}')
-    return _frame(self.names, [{}], [self.record], self.grads)
+    return _frame(self.names, [{}], [self.record], self.stats, self.grads)

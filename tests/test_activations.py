@@ -2,6 +2,7 @@
 import contextlib, copy, dataclasses, gc, math, threading, warnings, weakref
 
 from collections import Counter
+from functools import reduce
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from fastai.basics import (Callback, CancelBatchException, CancelEpochException,
 from fastai.callback.schedule import *
 from fastai.torch_core import set_seed
 from fastai.data.load import DataLoader
-from fastai_normx import activations as A, recorder as R
+from fastai_normx import activations as A, record as S, recorder as R
 from fastai_normx.activations import ActivationLogger, ActivationLoggerWarning, ActivationRecorder, ActivationWarning
 
 pytestmark = pytest.mark.filterwarnings('error::fastai_normx.activations.ActivationLoggerWarning', 'error::fastai_normx.activations.ActivationWarning')
@@ -59,7 +60,10 @@ def numpy_stats(x):
     return dict(mean=ok.mean(), std=ok.std(), min=ok.min(), max=ok.max(), near_zero=(np.abs(ok) <= .05).sum()/len(x), nonfinite=1 - len(ok)/len(x))
 
 
-def row(rec, i=0): return {k: float(v[i]) for k, v in R._columns(rec[0]).items()}
+def row(rec, i=0): return {k: float(rec.column(k)[i]) for k in (*stats, 'dead', 'bn_dist')}
+
+
+def counts(rec, i=0): return rec['hist']['counts'][i]
 
 
 class Out(nn.Module):
@@ -196,16 +200,16 @@ def test_vissl_nested_tuples_end():
     d['d'] = d
     deep = x = torch.randn(3)
     for _ in range(50): deep = (deep,)
-    assert [id(t) for t in R._tensors((loop, d, x, deep, x))] == [id(x)]
+    assert [id(t) for t in R._tensors((loop, d, x, deep, x))[0]] == [id(x)]
 
 
 def test_torchexplorer_first_batch_nan_and_infinite_shares():
     x = torch.full((10, 10), math.nan)
     r = record(Out(lambda x: x), x)
-    assert row(r.record)['nonfinite'] == 1 and math.isnan(row(r.record)['mean']) and r.record[1].sum() == 0
+    assert row(r.record)['nonfinite'] == 1 and math.isnan(row(r.record)['mean']) and counts(r.record).sum() == 0
     x = torch.randn(10, 10); x.view(-1)[:30] = math.inf
     r = record(Out(lambda x: x), x)
-    assert row(r.record)['nonfinite'] == pytest.approx(.3) and r.record[1].sum() == 70
+    assert row(r.record)['nonfinite'] == pytest.approx(.3) and counts(r.record).sum() == 70
     al = ActivationLogger(alerts=False)
     learn = get_learner(nn.Sequential(Out(lambda x: x*math.nan), nn.Flatten(), nn.Linear(768, 2)), cbs=al)
     learn.fit(1)
@@ -310,7 +314,7 @@ def test_exact_equals_float64_numpy(a, bad):
     got, want = row(rec.record), numpy_stats(x.numpy())
     for k in stats: assert got[k] == pytest.approx(want[k], rel=1e-9, abs=1e-9*(abs(shift)+scale)), k
     ok = x.numpy()[np.isfinite(x.numpy())]
-    edges, H = R._edges(rec.record[2][0]), rec.record[1][0]
+    edges, H = S._edges(rec.record['hist'][0]), counts(rec.record)
     if x.numel() > 4096:  # histograms are of a sample
         assert abs(H.sum()/4096 - len(ok)/x.numel()) < .05 and 20 <= np.ptp(np.flatnonzero(H)) + 45
         return
@@ -331,26 +335,27 @@ def test_merging_equals_all_at_once(seed, parts, nan):
         m.f = lambda _, x=x: torch.tensor(x)
         with rec: m(torch.ones(1))
         recs.append(rec.record)
-    both = recs[0]
-    for r in recs[1:]: both = R._merge(both, r)
+    both = S.Record.together(recs)
+    pairs = reduce(lambda a, b: S.Record.together([a, b]), recs)
     all_ = np.concatenate(xs)
     if not np.isfinite(all_).any(): return
-    got, want = row(both), numpy_stats(all_)
-    for k in stats: assert got[k] == pytest.approx(want[k], rel=1e-8, abs=1e-8), k
-    assert both[1].sum() == np.isfinite(all_).sum()
+    want = numpy_stats(all_)
+    for got in (row(both), row(pairs)):
+        for k in stats: assert got[k] == pytest.approx(want[k], rel=1e-8, abs=1e-8), k
+    assert both['hist'] == pairs['hist'] and counts(both).sum() == np.isfinite(all_).sum()
     # the histogram is the histogram of all values on the wider bins
-    edges = R._edges(both[2][0])
-    cum, true = np.cumsum(both[1][0]), [(all_ < e).sum() for e in edges[1:]]
+    edges = S._edges(both['hist'][0])
+    cum, true = np.cumsum(counts(both)), [(all_ < e).sum() for e in edges[1:]]
     assert np.abs(cum-true)[np.abs(edges[1:]-all_[np.isfinite(all_)].mean()) < 4*np.nanstd(all_)].max(initial=0) <= max(2, .03*len(all_))
 
 
 def test_histogram_merge_moves_nothing_between_bins():
-    a, b = np.zeros((1, 64), np.int64), np.zeros((1, 64), np.int64)
-    a[0, [0, 5, 63]], b[0, [1, 60]] = [1, 2, 3], [4, 5]
-    ea, eb = np.array([[0, -10]]), np.array([[2, -3]])  # widths 1 and 4
-    c, e = R._merge_hists(a, ea, b, eb)
-    got = {(lo, lo+2.**e[0, 0]): n for lo, n in zip(R._edges(e[0]), c[0]) if n}
-    w = 2.**e[0, 0]
+    hs = np.zeros(2, S._hist.dtype)
+    hs['exp'], hs['first'] = [0, 2], [-10, -3]  # widths 1 and 4
+    hs['counts'][0, [0, 5, 63]], hs['counts'][1, [1, 60]] = [1, 2, 3], [4, 5]
+    h, = S._hist.together(hs, [0])
+    w = 2.**h['exp']
+    got = {(lo, lo+w): n for lo, n in zip(S._edges(h), h['counts']) if n}
     want = {}
     for lo, n in [(-10, 1), (-5, 2), (53, 3), (-8, 4), (228, 5)]:
         k = math.floor(lo/w)*w
@@ -456,21 +461,26 @@ def test_computes_before_the_step_frees_its_memory(monkeypatch, grads):
     assert seen.count('collect') == len(learn.dls.train)+len(learn.dls.valid)
 
 
+streamed = [o for o in S._states_of(S._choose()) if o.streams]
+
+
 @pytest.mark.parametrize('shape', [(64, 50257), (64, 8, 8193), (16, 512, 7, 7), (16, 40, 32, 32)])
 def test_exact_keeps_few_parts(shape):
     x = torch.randn(shape)
     for axis in (1, len(shape)-1):
-        S = R._exact(x, axis, torch.empty(2**18))
-        assert S.numel() < x.numel()/2
-        N, mean, sq = R._join(*S[:3].double().numpy())
+        found = R._exact(x, axis, streamed)
+        assert found.numel() < x.numel()/2
+        by_channel = found.transpose(1, 2).flatten(1)
+        n = by_channel.shape[1]
+        got = S.Parts(S._by_name(streamed, by_channel.numpy()), range(0, n, n//x.shape[axis])).merged()
         y = x.double().movedim(axis, 0).flatten(1).numpy()
-        assert np.allclose(mean, y.mean(1), atol=1e-6) and np.allclose(sq/N, y.var(1), rtol=1e-5)
+        assert np.allclose(got['mean'], y.mean(1), atol=1e-6) and np.allclose(got['var'], y.var(1), rtol=1e-5)
 
 
 @pytest.mark.parametrize('bn', [False, True])
 @pytest.mark.parametrize('case', ['centred', 'offset', 'far', 'channels', 'one far block', 'near .05', 'zeros'])
 def test_exact_is_exact_with_and_without_a_mean(case, bn):
-    edge = torch.tensor(R._near)
+    edge = torch.tensor(S._near)
     for shape, axis in [((16, 40, 32, 32), 1), ((6553, 40), 1), ((16, 12, 5, 7), 1), ((300_000,), None), ((8, 197, 192), 2)]:
         for dtype in (torch.float32, torch.float64):
             x = torch.randn(shape, dtype=dtype)
@@ -480,13 +490,13 @@ def test_exact_is_exact_with_and_without_a_mean(case, bn):
             if case=='one far block': x[-1:] -= 1000
             if case=='near .05': x = torch.stack([edge, edge.nextafter(torch.tensor(1.)), -edge, torch.tensor(.04)])[torch.randint(4, shape)].to(dtype)
             if case=='zeros': x = x*0
-            S = R._exact(x, axis, torch.empty(2**18, dtype=dtype), bn)
-            n, m, sq, lo, hi, near = S.double().numpy().reshape(6, -1)
-            y, mean = x.double().numpy(), (n*m).sum()/n.sum()
-            assert n.sum() == y.size and lo.min() == y.min() and hi.max() == y.max()
-            assert near.sum() == (np.abs(x.numpy()) <= x.numpy().dtype.type(R._near)).sum()
-            assert mean == pytest.approx(y.mean(), rel=2e-6, abs=2e-6)
-            assert math.sqrt((sq+n*(m-mean)**2).sum()/n.sum()) == pytest.approx(y.std(), rel=2e-6)
+            parts = S._by_name(streamed, R._exact(x, axis, streamed, S._Memory(x.device, dtype), bn).flatten(1).numpy())
+            got, y = S.Parts(parts, [0]).merged(), x.double().numpy()
+            near = (np.abs(x.numpy()) <= x.numpy().dtype.type(S._near)).mean()
+            assert got['count'] == y.size and got['min'] == y.min() and got['max'] == y.max()
+            assert got['near_zero'] == pytest.approx(near, rel=1e-6) and got['nonfinite'] == 0
+            assert got['mean'] == pytest.approx(y.mean(), rel=2e-6, abs=2e-6)
+            assert math.sqrt(got['var'][0]) == pytest.approx(y.std(), rel=2e-6)
 
 
 def test_exact_knows_what_goes_into_a_batchnorm():
@@ -496,13 +506,14 @@ def test_exact_knows_what_goes_into_a_batchnorm():
     rec, x, got = ActivationRecorder(m.eval(), sample=None), torch.randn(32, 3, 16, 16), []
     for _ in range(2):
         with rec, torch.no_grad(): m(x)
-        got.append(rec.record[0])
+        got.append(rec.to_df().drop(columns='layer').to_numpy(float))
     assert rec._feeds == {0}
     np.testing.assert_allclose(*got, rtol=2e-6)
     y = m[0](x).detach().double().transpose(0, 1).flatten(1).numpy()
-    ref = R._bn_ref(m[1])
-    want = math.sqrt((((y.mean(1)-ref[0])**2 + (y.std(1)-ref[1])**2)/ref[2]**2).mean())
-    assert got[1][1, R._bn] == pytest.approx(want, rel=1e-5)
+    bn = m[1]
+    mu, var = bn.running_mean.double().numpy(), bn.running_var.double().numpy()
+    want = math.sqrt((((y.mean(1)-mu)**2 + (y.std(1)-np.sqrt(var))**2)/(var+bn.eps)).mean())
+    assert row(rec.record, 1)['bn_dist'] == pytest.approx(want, rel=1e-5)
 
 
 @pytest.mark.parametrize('sample', [None, 4096])
@@ -656,10 +667,10 @@ def test_bn_distance_against_numpy():
 
 def test_bn_distance_needs_trained_statistics_and_other_orders():
     r = record(small(), torch.randn(8, 3, 16, 16)).record
-    assert np.isnan(R._columns(r[0])['bn_dist']).all()
+    assert np.isnan(r['bn_dist']).all()
     m = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Flatten(), nn.BatchNorm1d(4*30*30)).train()
     for b in (m[0], m[3], m[5]): b.running_mean += .1
-    for sample in (None, 4096): assert np.isfinite(R._columns(record(m, torch.randn(8, 3, 32, 32), sample=sample).record[0])['bn_dist']).tolist() == [True, False, True, True]
+    for sample in (None, 4096): assert np.isfinite(record(m, torch.randn(8, 3, 32, 32), sample=sample).record['bn_dist']).tolist() == [True, False, True, True]
 
 
 def test_bn_reference_is_from_the_start_of_fit():
@@ -717,7 +728,7 @@ def test_empty_batches_and_integer_outputs():
     assert record(Out(lambda x: x[:0]), torch.randn(3, 2)).record is None
     assert record(Out(lambda x: x.long()), torch.randn(3, 2)).record is None
     rec = record(nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2)), torch.zeros(4, 7, dtype=torch.long))
-    assert (rec.record[0][:, 0] == [84, 56]).all()
+    assert (rec.record['count'] == [84, 56]).all()
 
 
 def test_thousands_of_calls_stay_in_one_buffer():
@@ -732,7 +743,7 @@ def test_thousands_of_calls_stay_in_one_buffer():
     with torch.no_grad(), rec.start():
         m(x)
         assert sum(b.x.numel() for b in rec._bufs.values()) <= 8*4096
-    assert rec.record[0][0, 0] == 300*64*80
+    assert rec.record['count'][0] == 300*64*80
 
 
 def test_a_hook_that_fails_is_a_warning():
@@ -1075,7 +1086,7 @@ def test_replicas_in_threads():
         rec.stop(); rec.collect()
         assert not rec.problems
         whole = record(m, x, sample=None).record
-        assert np.allclose(rec.record[0][:, :7], whole[0][:, :7], rtol=1e-5, atol=1e-6)
+        for k in stats: assert np.allclose(rec.record.column(k), whole.column(k), rtol=1e-5, atol=1e-6), k
     assert list(ActivationRecorder(nn.DataParallel(m)).names) == rec.names
 
 
@@ -1155,27 +1166,28 @@ def test_memory_is_bounded_and_nothing_that_happened_is_lost():
     h = A._History(8)
     recs, every = [], []
     for t in range(1000):
-        rec = R._empty(3, True)
-        rec[0][:] = [[100, t, 1, t-3., t+3., .1, .01*(t == 77), np.nan, t % 5]]*3
-        rec[1][:, 10], rec[2][:, 0] = 100, t % 7
+        rec = S.Record.empty(3, S._states_of(S._choose(), hist=True))
+        numbers = dict(count=100, mean=t, var=1, min=t-3., max=t+3., near_zero=.1, nonfinite=.01*(t == 77), bn_dist=t % 5)
+        for k, v in numbers.items(): rec[k][:] = v
+        rec['hist']['counts'][:, 10], rec['hist']['exp'] = 100, t % 7
         every.append(rec)
         h.add(dict(step=t, batches=1), rec)
         assert len(h) <= 8
     assert sum(m['batches'] for m in h.meta) == 1000 and h.meta[0]['step'] == 0
     sizes = [m['batches'] for m in h.meta]
     assert max(sizes[:-1]) <= 2*min(sizes[:-1])
-    from functools import reduce
-    a, b = reduce(R._merge, h.recs), reduce(R._merge, every)
-    assert np.allclose(a[0], b[0], equal_nan=True) and a[1].sum() == b[1].sum() == 300000
-    assert a[0][0, R._max] == 1002 and a[0][0, R._bad] == pytest.approx(1e-5)
+    a, b = S.Record.together(h.recs), S.Record.together(every)
+    for k in numbers: assert np.allclose(a[k], b[k]), k
+    assert a['hist']['counts'].sum() == b['hist']['counts'].sum() == 300000
+    assert a['max'][0] == 1002 and a['nonfinite'][0] == pytest.approx(1e-5)
 
 
 @pytest.mark.parametrize('hist,size', [(True, 336), (False, 72)])
 def test_bytes_per_layer_and_record(hist, size):
     al = get_and_fit(hist=hist)
     rec = al._hist['train'].recs[0]
-    assert sum(o.nbytes for o in rec)/len(al._rec.names) == size
-    assert all(o.base is None or o.base.nbytes <= 2*o.nbytes for o in rec)  # nothing larger is kept alive
+    assert rec.v.nbytes/len(al._rec.names) == size
+    assert rec.v.base is None or rec.v.base.nbytes <= 2*rec.v.nbytes  # nothing larger is kept alive
 
 
 # ---- sinks
@@ -1248,7 +1260,7 @@ def test_picked_up_logs_get_ten_batches_together_and_all_of_a_validation(tmp_pat
     ea = EventAccumulator(str(tmp_path)); ea.Reload()
     a, h = ea.Scalars('train_mean/8'), learn.activation_logger._hist
     assert [o.step for o in a] == [0, 10, 20, 25, 35, 45] and [o.step for o in ea.Scalars('valid_mean/8')] == [25, 50]
-    want = [np.average([r[0][4, R._mean] for r in h['train'].recs[i:j]], weights=[r[0][4, R._n] for r in h['train'].recs[i:j]]) for i, j in ((0, 10), (10, 20), (20, 25))]
+    want = [np.average([r['mean'][4] for r in h['train'].recs[i:j]], weights=[r['count'][4] for r in h['train'].recs[i:j]]) for i, j in ((0, 10), (10, 20), (20, 25))]
     assert np.allclose([o.value for o in a[:3]], want, rtol=1e-5)
 
 
@@ -1405,7 +1417,7 @@ def test_hist_data_equals_merged_bins():
     al = get_and_fit()
     C, e = al.hist_data(0)
     assert C.shape == (64, 6) and len(e) == 65 and (np.diff(e) > 0).all()
-    total = sum(r[1][0].sum() for r in al._hist['train'].recs)
+    total = sum(counts(r).sum() for r in al._hist['train'].recs)
     assert C.sum() == total
 
 
@@ -1425,12 +1437,14 @@ def test_what_other_devices_do_agrees_with_the_cpu(monkeypatch, sample):
     x = torch.randn(16, 3, 14, 14)
     def both(f):
         with monkeypatch.context() as p:
-            p.setattr(R, '_is_cpu', lambda dev: False)
+            for module in (R, S): p.setattr(module, '_is_cpu', lambda dev: False)
             other = f()
         return f(), other
     for bad in (None, math.nan, math.inf):
         if bad is not None: x[0, 0, 0, 0] = bad
-        for a, b in zip(*(r.record for r in both(lambda: recorded(m.eval(), x, sample=sample)))): np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        a, b = (r.record for r in both(lambda: recorded(m.eval(), x, sample=sample)))
+        for k in (*stats, 'dead', 'bn_dist'): np.testing.assert_allclose(a.column(k), b.column(k), rtol=1e-5, atol=1e-6)
+        for k in ('exp', 'first', 'counts'): np.testing.assert_array_equal(a['hist'][k], b['hist'][k])
     def fit():
         set_seed(0)
         learn = get_learner(cbs=ActivationLogger(sample=sample, grads=True))
@@ -1445,8 +1459,8 @@ def test_cuda_agrees_with_cpu():
     m[1].running_mean += .5
     cpu = record(m, x, sample=None).record
     gpu = record(m.cuda(), x.cuda(), sample=None).record
-    assert np.allclose(cpu[0], gpu[0], rtol=1e-3, atol=1e-3, equal_nan=True)
-    assert record(m, x.cuda()).record[1].sum() > 0
+    for k in (*stats, 'dead', 'bn_dist'): assert np.allclose(cpu.column(k), gpu.column(k), rtol=1e-3, atol=1e-3, equal_nan=True), k
+    assert counts(record(m, x.cuda()).record).sum() > 0
 
 
 @cuda
@@ -1461,7 +1475,7 @@ def test_cuda_memory_is_freed():
 def test_cuda_data_parallel():
     m = nn.DataParallel(small().cuda())
     rec = record(m, torch.randn(16, 3, 32, 32).cuda())
-    assert rec.record[0][0, 0] == 16*8*30*30
+    assert rec.record['count'][0] == 16*8*30*30
 
 
 # ---- what a second hostile review found in the callback
@@ -1649,7 +1663,7 @@ def test_no_batch_waits_for_all_records_to_be_merged():
     h._join = lambda i: joins.append(len(h.meta)) or real(i)
     for t in range(2000):
         joins.clear()
-        h.add(dict(step=t, batches=1), R._empty(2, True))
+        h.add(dict(step=t, batches=1), S.Record.empty(2, S._states_of(S._choose(), hist=True)))
         assert len(joins) <= 2 and len(h) <= 64
     assert sum(m['batches'] for m in h.meta) == 2000 and [m['step'] for m in h.meta] == sorted(m['step'] for m in h.meta)
 
