@@ -1,0 +1,481 @@
+"""What a config reader, the command and the reader of image files make of input that is broken, odd or meant to do harm.
+
+The mutations of configs are drawn at random: 500 of them here. For 10,000, and for the long draws of `test_properties.py`:
+`pytest --runslow -m slow`, or `RUNSLOW=1 pytest`."""
+import copy, dataclasses, itertools, json, math, os, random, sys, tempfile, threading, warnings
+from collections import Counter
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import numpy as np
+import pytest
+import torch
+
+from fastai_normx.expected import ExpectedStatsWarning, NormStats, expected_stats
+
+transformers, timm, open_clip = map(pytest.importorskip, ('transformers', 'timm', 'open_clip'))
+from open_clip.transform import PreprocessCfg
+
+# Real configs, as their libraries write them
+
+processors = '''BeitImageProcessor BitImageProcessor CLIPImageProcessor ConvNextImageProcessor DeiTImageProcessor EfficientNetImageProcessor
+    PerceiverImageProcessor LevitImageProcessor MobileNetV2ImageProcessor MobileViTImageProcessor SiglipImageProcessor ViTImageProcessor'''.split()
+timm_names = 'resnet50.a1_in1k', 'vit_base_patch16_clip_224.openai', 'tf_efficientnet_lite0.in1k', 'dpn92.mx_in1k'
+
+
+def plain(d): return json.loads(json.dumps(d))  # what a file can hold
+
+
+def real_configs():
+    "`{(library, name): config}`; the names of the config files tell the libraries apart"
+    res = {('preprocessor_config.json', n): plain(getattr(transformers, n)().to_dict()) for n in processors}
+    cfgs = {n: plain(timm.get_pretrained_cfg(n).to_dict()) for n in timm_names}
+    res |= {('config.json', n): dict(architecture=c['architecture'], num_classes=c['num_classes'], pretrained_cfg=c) for n, c in cfgs.items()}
+    clip = plain(dataclasses.asdict(PreprocessCfg()))
+    res['open_clip_config.json', 'RN50'] = dict(model_cfg=dict(embed_dim=512, vision_cfg=dict(layers=12)), preprocess_cfg=clip)
+    ours = NormStats((.1, .2, .3), (.4, .3, .2), 'a test', notes=('a note',))
+    res['preprocessor_config.json', 'ours'] = dict(image_processor_type='ViTImageProcessor', do_resize=False, do_rescale=True, rescale_factor=1/255, do_normalize=True,
+        image_mean=ours.mean, image_std=ours.std, mean=ours.mean, std=ours.std, fastai_normx=plain(ours.to_dict()))
+    return {k: plain(d) for k, d in res.items()}
+
+
+def part(d):
+    "The part of a config that states the constants"
+    return next((d[k] for k in ('pretrained_cfg', 'preprocess_cfg') if isinstance(d.get(k), dict)), d)
+
+
+def stated(d):
+    "Mean and std for pixels in [0,1], by the formulas of the libraries"
+    d = part(d)
+    if 'image_mean' not in d and 'mean' in d: return tuple(d['mean']), tuple(d['std'])
+    f = d['rescale_factor'] if d.get('do_rescale') else 1
+    mean, std = (d['image_mean'], d['image_std']) if d.get('do_normalize') else ([0.]*3, [1.]*3)
+    mean, std = ([v]*3 if isinstance(v, float) else v for v in (mean, std))
+    if d.get('include_top'): mean, std = mean, [s*s for s in std]
+    off = 1 if d.get('rescale_offset') and f != 1 else 0
+    return tuple((m+off)/(255*f) for m in mean), tuple(s/(255*f) for s in std)
+
+
+# Mutations: each knows what has to come of it
+
+huge = 10**400
+def nest(v, n):
+    for _ in range(n): v = [v]
+    return v
+
+
+no_number = ['0.5', '', 'ImageNet', None, True, False, {}, {'a': 1}, [[]], math.nan, math.inf, -math.inf, huge, -huge, 10**5000]
+no_flag = ['false', 'no', '', [], [False], {}, {'a': 1}, 2, -1, .5, math.nan, huge]
+no_name = [3, 0, .5, True, False, [], ['ViTImageProcessor'], {}, {'a': 1}, math.nan, huge]
+junk = no_number+no_flag+no_name+['x'*10000, nest(1, 50), list(range(1000)), '../../etc/passwd', '__class__', '\0', '\ud800']
+
+
+def bad_constants(rng, is_std):
+    "A mean or std that no reader may accept"
+    good = [.5, .4, .3]
+    bad = no_number+[0, 0., -.5, -1e-30]*is_std
+    one = rng.choice(bad)
+    spoiled = [*good[:2], one]
+    rng.shuffle(spoiled)
+    return rng.choice([one if one is not huge else 'a', spoiled, [], [good, good], good[:2], good*2, [good[:1], good[:2]], '0.5 0.5 0.5', dict(enumerate(good)), nest(.5, 3000)])
+
+
+wrong = {k: lambda rng, k=k: bad_constants(rng, 'std' in k) for k in ('mean', 'std', 'image_mean', 'image_std')}
+wrong |= {k: lambda rng: rng.choice(no_flag) for k in ('do_normalize', 'do_rescale', 'rescale_offset', 'include_top', 'do_flip_channel_order')}
+wrong['rescale_factor'] = lambda rng: rng.choice(no_number+[0, -1/255, [1/255], '1/255', 1e-400, 1e400])
+wrong['image_processor_type'] = lambda rng: rng.choice(no_name)
+right = dict(mean=lambda rng: [rng.uniform(.01, .99) for _ in range(3)], std=lambda rng: [rng.uniform(.01, .5) for _ in range(3)], rescale_factor=lambda rng: rng.choice([1/255, 1/127.5]),
+             do_rescale=lambda rng: rng.random() < .9, do_normalize=lambda rng: rng.random() < .9)
+right |= {f'image_{k}': right[k] for k in ('mean', 'std')}
+needed = 'mean', 'std', 'image_mean', 'image_std', 'do_normalize', 'do_rescale', 'rescale_factor', 'image_processor_type', 'pretrained_cfg', 'preprocess_cfg'
+provenance = 'architecture', 'tag', 'fastai_normx'
+
+
+def spoil(rng, d):
+    "Put a wrong value where it matters: refused"
+    d = part(d)
+    idle = [f'image_{k}' for k in ('mean', 'std') if not d.get('do_normalize')]+['rescale_factor']*(not d.get('do_rescale'))
+    k = rng.choice([k for k in wrong if k in d and k not in idle and (k not in ('mean', 'std') or 'image_mean' not in d)])
+    d[k] = wrong[k](rng)
+    return 'refused'
+
+
+def change(rng, d):
+    "Other constants of the right kind: these are the answer"
+    d = part(d)
+    k = rng.choice([k for k in right if k in d])
+    d[k] = right[k](rng)
+    if 'image_mean' in d: d |= {k: d[f'image_{k}'] for k in ('mean', 'std') if k in d}
+    return 'constants'
+
+
+def disturb(rng, d):
+    "Anything at a place that says nothing about constants: no difference"
+    for _ in range(rng.randint(1, 3)):
+        at = rng.choice([d, part(d)])
+        used = {*wrong, *needed, 'input_range', 'input_space', 'feature_extractor_type', 'offset', 'image_processor', 'data_config', 'fastai_normx'}
+        k = rng.choice([*(k for k in at if k not in used), 'new', 'architecture', 'tag', '__class__', 'auto_map', ''])
+        at[k] = copy.deepcopy(rng.choice(junk))
+    return 'constants'
+
+
+def of_a_later_version(rng, d):
+    "Data of ours that this version cannot know: the constants beside them count"
+    d = part(d)
+    own = d['fastai_normx'] if isinstance(d.get('fastai_normx'), dict) else {}
+    k = rng.choice(['mean', 'std', 'source', 'ref_mean', 'ref_std', 'notes', 'uniform', 'version', ''])
+    d['fastai_normx'] = rng.choice([own | {k: copy.deepcopy(rng.choice(junk))}, rng.choice(junk)]) if own else rng.choice(junk)
+    return 'constants'
+
+
+def leave_out(rng, d):
+    "A key is missing: the defaults of the class that it names, which these configs hold, or refused"
+    at = rng.choice([d, part(d)])
+    k = rng.choice(list(at))
+    del at[k]
+    if k == 'image_processor_type' and 'do_normalize' not in d: return 'anything'  # MobileViT's does not normalize
+    return 'constants or refused' if k in needed else 'constants'
+
+
+def replace_whole(rng, d):
+    "No config at all"
+    d.clear()
+    d |= rng.choice([{}, {'mean': None}, {'std': [1]}, {'a': {'b': 'c'}}, {'image_processor': {'image_processor': {}}}, {'preprocess_cfg': nest([], 10)}, {'image_mean': [.5]*3}, {'do_normalize': True}])
+    return 'refused'
+
+
+def wrap(rng, d):
+    "A config far inside others"
+    inner, n = copy.deepcopy(d), rng.choice([1, 3, 900, 5000])
+    for _ in range(n): inner = {rng.choice(['image_processor', 'pretrained_cfg', 'data_config']): inner}
+    d.clear()
+    d |= inner
+    return 'constants or refused'
+
+
+mutations = [spoil]*6+[change]*3+[disturb]*3+[of_a_later_version, leave_out, replace_whole, wrap]
+
+
+def mutated(rng, d):
+    "`d` after one to three mutations, what has to come of it, and the config before it was wrapped"
+    d, todo = copy.deepcopy(d), []
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        m = rng.choice(mutations)
+        if m is of_a_later_version and 'image_mean' not in d: m = disturb
+        before = d if m is not wrap else copy.deepcopy(d)
+        todo.append(m(rng, d))
+        if m in (replace_whole, wrap, leave_out, spoil): break
+    return d, max(todo, key=['constants', 'constants or refused', 'refused', 'anything'].index), before
+
+
+def garble(rng, text):
+    "Bytes that are no longer the JSON text, or still are; `None`: a reader may take either view"
+    b = text.encode('utf-8', 'surrogatepass')
+    how = rng.choice(['cut', 'utf-16', 'bom', 'nul', 'flip', 'twice', 'spaces', 'pickle', 'comment', 'latin', 'cr'])
+    if how == 'cut': return b[:rng.randrange(len(b.rstrip()))], 'refused'
+    if how == 'utf-16': return text.encode('utf-16', 'surrogatepass'), 'constants or refused'
+    if how == 'bom': return b'\xef\xbb\xbf'+b, None
+    if how == 'nul': return b[:20]+b'\0'+b[20:], 'refused'
+    if how == 'flip':
+        i = rng.randrange(len(b))
+        return b[:i]+bytes([b[i] ^ 1 << rng.randrange(8)])+b[i+1:], 'anything'
+    if how == 'twice': return b+b, 'refused'
+    if how == 'spaces': return b' \n\t'+b+b'\n'*1000, None
+    if how == 'pickle': return b'cos\nsystem\n(S"touch executed"\ntR.', 'refused'
+    if how == 'comment': return b'// a comment\n'+b, 'refused'
+    if how == 'latin': return b[:1]+b'"\xe9": 1,'+b[1:], 'refused'
+    return b.replace(b'\n', b'\r\n'), None
+
+
+def as_object(kind, name, d):
+    "The library's own object with the values of `d`; None where there is none"
+    if name == 'ours' or not {'mean', 'image_mean'} & (p := part(d)).keys(): return None
+    if kind == 'open_clip_config.json': cls = PreprocessCfg
+    elif kind == 'config.json': cls = timm.models.PretrainedCfg
+    else:
+        if p is not d or p.get('image_processor_type') != name: return None
+        cls = getattr(transformers, name)
+    o = cls()
+    for k, v in p.items():
+        if k.isidentifier() and not k.startswith('__'): object.__setattr__(o, k, v)
+    return o
+
+
+def long_json(d):
+    "`json.dumps` without Python's limits on digits and depth"
+    digits, depth = sys.get_int_max_str_digits(), sys.getrecursionlimit()
+    sys.set_int_max_str_digits(0)
+    sys.setrecursionlimit(20000)
+    try: return json.dumps(d)
+    finally:
+        sys.set_int_max_str_digits(digits)
+        sys.setrecursionlimit(depth)
+
+
+def sources(seed, configs, folder):
+    "One mutated config in some form for `expected_stats`, what has to come of it, and a dict with its constants"
+    rng = random.Random(seed)
+    (kind, name), real = rng.choice(list(configs.items()))
+    d, verdict, before = mutated(rng, real)
+    want = part(real) | part(before)  # the defaults of the class that a config names are those of `real`
+    form = rng.choice(['dict', 'file', 'file', 'name', 'folder', 'local-dir', 'object', 'bytes'])
+    if form == 'object' and (o := as_object(kind, name, d)) is not None: return o, verdict, want
+    if form in ('dict', 'object'): return d, verdict, want
+    try: text = long_json(d)
+    except RecursionError: return d, verdict, want
+    data = text.encode('utf-8', 'surrogatepass')
+    if form == 'bytes':
+        data, new = garble(rng, text)
+        verdict = verdict if new is None or verdict == 'refused' and new == 'constants or refused' else new
+    (folder/kind).write_bytes(data)
+    return {'folder': folder, 'local-dir': f'local-dir:{folder}', 'name': str(folder/kind)}.get(form, folder/kind), verdict, want
+
+
+def close(s, want): return s.n_in == len(want[0]) and np.allclose(tuple(s), want, rtol=1e-9, atol=0)
+
+
+def fault(seed, configs, folder):
+    "What is wrong with the answer to mutation `seed`; None: nothing"
+    folder.mkdir(exist_ok=True)
+    for f in folder.iterdir(): f.unlink()
+    source, verdict, want = sources(seed, configs, folder)
+    try: s = expected_stats(source)
+    except (ValueError, FileNotFoundError) as e:
+        text = str(e)
+        if verdict == 'constants': return f'refused: {text[:200]}'
+        if not 20 < len(text) < 2000: return f'a message of {len(text)} characters: {text[:50]!r}'
+        return None
+    except BaseException as e: return type(e).__name__
+    if verdict == 'refused': return f'accepted: {s!r}'[:300]
+    if not all(map(math.isfinite, s.mean+s.std)) or min(s.std) <= 0: return f'odd: {s!r}'
+    if verdict != 'anything' and not close(s, stated(want)): return f'wrong: {s!r} instead of {stated(want)}'
+    return None
+
+
+def faults(seeds, folder):
+    transformers.logging.set_verbosity_error()
+    configs, res = real_configs(), {}
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for seed in seeds:
+            if (f := fault(seed, configs, folder)): res[seed] = f
+    return res
+
+
+def test_mutated_configs(tmp_path): assert faults(range(500), tmp_path/'model') == {}
+
+
+@pytest.mark.slow
+def test_many_mutated_configs(tmp_path): assert faults(range(500, 10000), tmp_path/'model') == {}
+
+
+# Single faults of configs, each with the answer that a reader deserves
+
+vit = dict(image_processor_type='ViTImageProcessor', do_rescale=True, rescale_factor=1/255, do_normalize=True, image_mean=[.5]*3, image_std=[.5]*3)
+top = dict(vit, image_processor_type='EfficientNetImageProcessor', include_top=True, rescale_offset=False)
+
+
+@pytest.mark.parametrize('d,msg', [
+    (dict(vit, do_rescale='false'), "do_rescale 'false': expected true or false"), (dict(vit, do_normalize=[]), r'do_normalize \[\]: expected true or false'),
+    (dict(vit, do_rescale=2), 'do_rescale 2: expected'), (dict(vit, do_flip_channel_order='no'), "do_flip_channel_order 'no': expected"), (dict(top, include_top='no'), "include_top 'no': expected"),
+    (dict(top, image_std=[.5, .4]), 'same length.*received 3 and 2'), (dict(top, image_std=[.5, .4, -.3]), 'greater than 0'), (dict(vit, image_processor_type=3), 'class of its processor as 3: expected a name'),
+    (dict(vit, image_processor_type=['ViT']), 'expected a name'), (dict(vit, feature_extractor_type='a b', image_processor_type=None), "as 'a b': expected a name"),
+    (dict(vit, image_mean=[True, False, True]), 'one number per channel.*True'), (dict(vit, rescale_factor=True), 'rescale_factor True: expected a number'), (dict(vit, rescale_factor=huge), 'expected a number greater than 0'),
+    (dict(vit, rescale_factor=math.inf), 'rescale_factor inf'), (dict(vit, rescale_factor=1e-300), 'float32 cannot hold'), (dict(mean=[.5]*3, std=[1e-39, .5, .5]), 'float32 cannot hold'), (dict(mean=[1e39], std=[.5]), 'float32 cannot hold'),
+    (dict(mean=nest(.5, 5000), std=.5), 'one number per channel'), (dict(mean=[.5]*20000, std=[.5]*20000), 'one number per channel'), (dict(mean=[.5]*3, std=bytearray(b'abc')), 'one number per channel'),
+    (dict(mean=itertools.repeat(.5), std=.5), 'one number per channel'), (dict(pretrained_cfg=3), 'states no normalization.*its keys: pretrained_cfg'), ({i: i for i in range(9999)}, 'its keys: 0, 1, 2'),
+    (dict(image_processor_type='BertModel'), 'does not have'), (dict(image_processor_type='os'), 'does not have'), (dict(image_processor_type='__builtins__'), 'does not have'), (dict(image_processor_type='pipeline'), 'does not have'),
+])
+def test_wrong_values_are_named(d, msg):
+    with pytest.raises(ValueError, match=msg) as e: expected_stats(d)
+    assert len(str(e.value)) < 1000
+
+
+def test_flags_mean_what_the_processor_makes_of_them(tmp_path):
+    img = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    size = dict(do_resize=False, do_center_crop=False)
+    for d in (top, dict(top, include_top=False), dict(top, do_normalize=False), dict(top, rescale_offset=True, rescale_factor=1/127.5), {k: v for k, v in top.items() if k != 'include_top'},
+              dict(vit, include_top=True), dict(vit, rescale_offset=True), dict(vit, do_normalize=0), dict(vit, do_rescale=None), dict(top, include_top=None)):
+        p = getattr(transformers, d['image_processor_type']).from_dict(d | size)
+        want = np.asarray(p(img, return_tensors='np')['pixel_values'][0], dtype=float)
+        mean, std = (np.array(o)[:, None, None] for o in expected_stats(d))
+        assert np.allclose(want, (img.transpose(2, 0, 1)/255-mean)/std, rtol=1e-4, atol=1e-4), d
+
+
+@pytest.mark.parametrize('source', [((.5,)*3, (127.5,)*3), dict(mean=[.5]*3, std=[127.5]*3), dict(vit, image_std=[127.5]*3), dict(vit, image_std=[58., 57., 57.], image_mean=[124., 116., 104.])])
+def test_0_255_constants_warn_wherever_they_stand(source):
+    with pytest.warns(ExpectedStatsWarning, match='look like constants for pixels in 0-255: for .0,1. divide by 255'): expected_stats(source)
+
+
+@pytest.mark.parametrize('own', [dict(notes=3), dict(source=['a']), dict(uniform='yes'), dict(ref_mean='a'), dict(mean='later'), dict(std=[[1]]), 'text', [], dict(mean={}, version='9'), dict(notes=[1])], ids=str)
+def test_data_of_ours_from_a_later_version(own, tmp_path):
+    f = NormStats((.1, .2, .3), (.4, .3, .2), 'us').save(tmp_path)
+    d = json.loads(f.read_text())
+    d['fastai_normx'] = d['fastai_normx'] | own if isinstance(own, dict) else own
+    f.write_text(json.dumps(d))
+    s = expected_stats(f)
+    assert tuple(s) == ((.1, .2, .3), (.4, .3, .2)) and 'us' not in s.source
+    d['fastai_normx'] = NormStats((.1, .2, .3), (.4, .3, .2), 'us').to_dict() | dict(new_in_9=[1])
+    f.write_text(json.dumps(d))
+    assert expected_stats(f).source == 'us'
+    f.write_text(json.dumps(dict(d, rescale_factor=1/127.5)))  # changed later, so it counts
+    assert np.allclose(expected_stats(f).std, (.2, .15, .1))
+
+
+@pytest.mark.parametrize('kw', [dict(source=3), dict(notes='text'), dict(notes=[3]), dict(uniform=1), dict(source=None)])
+def test_normstats_says_which_of_its_words_are_wrong(kw):
+    with pytest.raises(ValueError, match='`source` is a text, `notes` a tuple of texts'): NormStats(.5, .5, **kw)
+
+
+def test_names_from_a_config_are_short_and_printable():
+    for tag in (5, [1], {}, 'x'*999, 'a\x1b[2Jb', '\ud800', True):
+        d = dict(architecture='resnet50', tag=tag, url='x', mean=[.5]*3, std=[.5]*3)
+        cfg = timm.models.PretrainedCfg(**d)
+        for source in (d, cfg, dict(pretrained_cfg=d)):
+            s = expected_stats(source)
+            assert s.source.endswith(': resnet50') and s.ref_mean is None
+        object.__setattr__(cfg, 'architecture', tag)
+        assert expected_stats(cfg).source.isprintable()
+
+
+@pytest.mark.parametrize('cfg', [3, 'text', [1], dict(mean=3), dict(url='x', mean='a', std=[1]), dict(url='x', mean=[.5]*3, std=[.5]*3, input_size='big', tag=3),
+    dict(url='x', mean=[.5]*3, std=[.5]*3, input_size=[3, 10**6, 10**6]), dict(url='x', mean=[.5]*3, std=[.5]*3, architecture=[])], ids=str)
+def test_models_with_odd_configs(cfg):
+    for name in ('pretrained_cfg', 'preprocess_cfg'):
+        m = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3))
+        setattr(m, name, cfg)
+        try: s = expected_stats(m)
+        except ValueError as e: assert 'Sequential' in str(e)
+        else: assert tuple(s) == ((.5,)*3, (.5,)*3)
+
+
+class NoText:
+    def __repr__(self): raise RuntimeError
+
+
+class Mirror:
+    "Every attribute is another of its kind"
+    def __getattr__(self, k):
+        if k.startswith('__'): raise AttributeError(k)
+        return Mirror()
+
+
+def inside_itself():
+    a, d = [], {}
+    a.append(a)
+    d['image_processor'] = d
+    return [a, (a, a), d, dict(mean=a, std=a)]
+
+
+@pytest.mark.parametrize('source', [NoText(), Mirror(), MagicMock(), *inside_itself(), [NoText(), NoText()], 'a\0b', '\0', 'a.json\0', './\0', '~\0/a', './'+'a'*5000, 'a'*10**6, '\ud800', '\ud800.json', Path('a'*300)],
+    ids=lambda o: type(o).__name__)
+def test_odd_objects_and_names(source):
+    with pytest.raises((ValueError, FileNotFoundError)) as e: expected_stats(source)
+    assert 20 < len(str(e.value)) < 2000
+
+
+# Files
+
+def within(seconds, f):
+    "What `f` returns or raises; a failure if it takes too long"
+    done = []
+    def call():
+        try: done.append(f())
+        except BaseException as e: done.append(e)
+    t = threading.Thread(target=call, daemon=True)
+    t.start()
+    t.join(seconds)
+    assert done, f'still waiting after {seconds} s'
+    return done[0]
+
+
+def test_config_files_that_are_no_files(tmp_path):
+    os.mkfifo(tmp_path/'config.json')
+    (tmp_path/'zero.json').symlink_to('/dev/zero')
+    for f in (tmp_path/'config.json', tmp_path/'zero.json'): assert 'is not a regular file' in str(within(20, lambda: expected_stats(f)))
+    assert 'states a normalization' in str(within(20, lambda: expected_stats(tmp_path)))
+    (tmp_path/'a.json').symlink_to(tmp_path/'b.json')
+    (tmp_path/'b.json').symlink_to(tmp_path/'a.json')
+    with pytest.raises((ValueError, FileNotFoundError), match='a.json'): expected_stats(tmp_path/'a.json')
+    (tmp_path/'d.json').mkdir()
+    with pytest.raises(ValueError, match='No config in the folder'): expected_stats(tmp_path/'d.json')
+
+
+@pytest.fixture
+def unreadable():
+    "A folder, and a function that calls another one as somebody who may read what others may"
+    with tempfile.TemporaryDirectory() as t:
+        os.chmod(t, 0o755)
+        def as_nobody(f):
+            root = os.geteuid() == 0
+            if root: os.seteuid(65534)
+            try: return f()
+            finally:
+                if root: os.seteuid(0)
+        yield Path(t), as_nobody
+        for p in Path(t).rglob('*'): os.chmod(p, 0o700)
+
+
+def test_config_without_permission(unreadable):
+    path, as_nobody = unreadable
+    for f in ('a.json', 'config.json'): (path/f).write_text(json.dumps(vit))
+    expected_stats(path/'a.json')
+    os.chmod(path/'a.json', 0)
+    os.chmod(path/'config.json', 0)
+    with pytest.raises(ValueError, match="a.json' cannot be read: Permission denied"): as_nobody(lambda: expected_stats(path/'a.json'))
+    with pytest.raises(ValueError, match='No config in the folder .*\n- .*config.json. cannot be read: Permission denied'): as_nobody(lambda: expected_stats(path))
+    (path/'m').mkdir(mode=0)
+    with pytest.raises(ValueError, match='cannot be read: Permission denied'): as_nobody(lambda: expected_stats(path/'m'/'config.json'))
+
+
+# Nothing is executed
+
+dangerous = 'pickle.find_class', 'subprocess.Popen', 'os.system', 'os.exec', 'os.posix_spawn', 'os.fork', 'socket.connect', 'os.remove', 'os.rename'
+heard = None
+
+
+def listen(event, args):
+    if heard is not None and (event in dangerous or event == 'exec' and 'hostile' in str(getattr(args[0], 'co_filename', ''))): heard.append((event, str(args)[:200]))
+
+
+@pytest.fixture
+def actions():
+    "Whatever was started, unpickled, deleted or asked of a network meanwhile"
+    global heard
+    if not getattr(sys, '_normx_listens', False): sys.addaudithook(listen)
+    sys._normx_listens, heard = True, []
+    yield heard
+    heard = None
+
+
+def test_nothing_in_a_model_folder_is_executed_or_unpickled(tmp_path, actions):
+    path = tmp_path/'hostile'
+    path.mkdir()
+    marker = f'import pathlib; pathlib.Path({str(tmp_path/"executed")!r}).touch()'
+    for f in ('image_processing_vit.py', 'configuration.py', '__init__.py', 'transformers.py', 'timm.py', 'json.py'): (path/f).write_text(marker)
+    for f in ('pytorch_model.bin', 'model.pkl', 'config.pkl', 'preprocessor_config.pkl'): (path/f).write_bytes(b'cbuiltins\nexec\n(S"'+marker.encode()+b'"\ntR.')
+    maps = {k: 'image_processing_vit.ViTImageProcessor' for k in ('AutoImageProcessor', 'AutoConfig', 'AutoModel')}
+    configs = [dict(vit, auto_map=maps), dict(image_processor_type='ViTImageProcessor', auto_map=maps, trust_remote_code=True), dict(image_processor_type='image_processing_vit', auto_map=maps),
+               dict(vit, image_mean='__import__("os").system("touch executed")'), {**vit, '__class__': 'os.system', '__reduce__': ['os.system', ['true']]}, dict(py_object='os.system', **vit)]
+    for d in configs:
+        for f in ('preprocessor_config.json', 'config.json'):
+            (path/f).write_text(json.dumps(d))
+            for source in (path, path/f, d):
+                try: assert tuple(expected_stats(source)) == ((.5,)*3, (.5,)*3)
+                except ValueError: pass
+            (path/f).unlink()
+    del actions[-len(configs)*2:]  # our own `unlink`
+    assert actions == [] and not (tmp_path/'executed').exists() and not Path('executed').exists()
+
+
+def test_nothing_is_executed_by_mutations(tmp_path, actions):
+    assert faults(range(10000, 10200), tmp_path/'model') == {}
+    assert {e for e, _ in actions} <= {'os.remove'}  # our own `unlink`
+
+
+if __name__ == '__main__':  # a table of what goes wrong: `python tests/test_hostile.py 10000`
+    import tempfile
+    with tempfile.TemporaryDirectory() as t: found = faults(range(int(sys.argv[1])), Path(t)/'model')
+    print(Counter(f.partition(':')[0].partition(' of ')[0] for f in found.values()), len(found), 'of', sys.argv[1])
+    for kind in dict.fromkeys(f.partition(':')[0] for f in found.values()):
+        for seed, f in [(k, f) for k, f in found.items() if f.startswith(kind)][:12]: print(seed, f)
