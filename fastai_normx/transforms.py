@@ -21,6 +21,10 @@ def _quote(o, n=160):
     except Exception: text = f'a {type(o).__name__}'
     return text if len(text)<=n else text[:n]+' ...'
 
+def _printable(text):
+    "`text` with what a terminal would obey, or cannot write, as an escape"
+    return ''.join(c if c.isprintable() or c=='\n' else repr(c)[1:-1] for c in text)
+
 _most = 10000 # Channels; whatever holds more numbers states no constants, and may have no end
 
 def _numbers(o, depth=0):

@@ -2,7 +2,7 @@
 
 The mutations of configs are drawn at random: 500 of them here. For 10,000, and for the long draws of `test_properties.py`:
 `pytest --runslow -m slow`, or `RUNSLOW=1 pytest`."""
-import copy, dataclasses, itertools, json, math, os, random, sys, tempfile, threading, warnings
+import copy, dataclasses, itertools, json, math, os, random, re, subprocess, sys, tempfile, threading, warnings
 from collections import Counter
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -10,7 +10,9 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from fastai_normx import cli
 from fastai_normx.expected import ExpectedStatsWarning, NormStats, expected_stats
 
 transformers, timm, open_clip = map(pytest.importorskip, ('transformers', 'timm', 'open_clip'))
@@ -471,6 +473,93 @@ def test_nothing_in_a_model_folder_is_executed_or_unpickled(tmp_path, actions):
 def test_nothing_is_executed_by_mutations(tmp_path, actions):
     assert faults(range(10000, 10200), tmp_path/'model') == {}
     assert {e for e, _ in actions} <= {'os.remove'}  # our own `unlink`
+
+
+# The command
+
+def normx(capsys, *args):
+    "Exit code and what was said, of the command run in this process"
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(sys, 'argv', ['normx', *map(str, args)])
+        try: code = cli.main()
+        except SystemExit as e: code = e.code
+    said = ''.join(capsys.readouterr())
+    if isinstance(code, str): code, said = 1, said+code
+    assert 'Traceback' not in said
+    return code or 0, said
+
+
+@pytest.fixture
+def photos(tmp_path):
+    "A folder of four images"
+    (tmp_path/'photos').mkdir()
+    for i, x in enumerate(np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)): Image.fromarray(x).save(tmp_path/'photos'/f'{i}.png')
+    return tmp_path/'photos'
+
+
+@pytest.mark.parametrize('text,msg', [('', 'is empty'), ('{', 'not valid JSON'), ('{"mean": [0.5], "std": [[0.5], "a"]}', 'one number per channel'), (f'{{"mean": {huge}, "std": 1}}', 'has inf'),
+    ('{"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5]}', 'same length'), ('{"url": "x", "tag": 3, "mean": 0.5}', 'states no normalization'), ('['*99999, 'not valid JSON|nested too deeply'), ('{"preprocess_cfg": '*99+'1'+'}'*99, 'at most 8')])
+def test_check_cannot_read_what_is_no_config(photos, capsys, text, msg):
+    (photos.parent/'bad.json').write_text(text)
+    code, said = normx(capsys, 'check', photos, photos.parent/'bad.json')
+    assert code == 2 and re.search(msg, said) and said.startswith('normx check: ')
+
+
+@pytest.mark.parametrize('args,code,msg', [
+    (['', 'resnet50'], 2, 'name of the folder is empty'), (['\t', 'resnet50'], 2, 'name of the folder is empty'), (['PHOTOS', ''], 2, "does not know ''"), (['nowhere', 'resnet50'], 2, "'nowhere' does not exist"),
+    (['\0', 'resnet50'], 2, 'does not exist'), (['a'*5000, 'resnet50'], 2, 'does not exist'), (['PHOTOS', '\0'], 2, 'does not know'), (['/dev/zero', 'resnet50'], 2, 'not a regular file'), (['PHOTOS', '/dev/zero'], 2, 'not a regular file'),
+    (['PHOTOS', 'resnet50', '--n-items', '0'], 2, '`n_items` is a number of images above 0'), (['PHOTOS', 'resnet50', '--n-items', '-1'], 2, 'received -1'), (['PHOTOS', 'resnet50', '--n-items', 'many'], 2, 'invalid int'),
+    (['PHOTOS', 'resnet50', '--n-in', '0'], 2, '`n_in` is a number of channels'), (['PHOTOS', 'resnet50', '--n-in', '4'], 2, 'must come from you'), (['PHOTOS'], 2, 'required: name'), (['PHOTOS', 'resnet50', 'more'], 2, 'unrecognized'),
+    (['PHOTOS/0.png', 'resnet50'], 0, 'ok'), (['PHOTOS', 'PHOTOS'], 2, 'No config in the folder'),
+])
+def test_odd_arguments_of_check(photos, capsys, args, code, msg):
+    got, said = normx(capsys, 'check', *[a.replace('PHOTOS', str(photos)) for a in args])
+    assert (got, msg in said) == (code, True), (got, said)
+
+
+def test_one_file_of_one_colour_could_be_anything(tmp_path, capsys):
+    Image.new('RGB', (32, 32), (90, 20, 30)).save(tmp_path/'one.png')
+    for source in (tmp_path, tmp_path/'one.png'):
+        code, said = normx(capsys, 'check', source, 'resnet50')
+        assert code == 2 and said.startswith('cannot tell (1 image') and 'mismatch' not in said and 'of one colour, which could be anything' in said
+
+
+@pytest.mark.parametrize('args,code,msg', [(['expected', ''], 1, "does not know ''"), (['expected', '\0'], 1, 'does not know'), (['expected', 'resnet50', '--n-in', '-1'], 1, '`n_in` is a number'), (['expected', '--', '--json'], 1, 'does not know'),
+    ([''], 1, "no command ''"), (['\0'], 1, 'no command'), (['--json'], 1, 'no command'), (['demo', 'FILE'], 2, 'File exists'), (['demo', 'FILE/below'], 2, 'Not a directory'), (['demo', ''], 2, 'name of the folder is empty'),
+    (['demo', 'DIR', '--epochs', '-1'], 2, '`epochs` is 0 or more; received -1'), (['demo', 'DIR', '--epochs', 'x'], 2, 'invalid int')])
+def test_odd_arguments_of_the_others(tmp_path, capsys, args, code, msg):
+    (tmp_path/'file').touch()
+    got, said = normx(capsys, *[a.replace('FILE', str(tmp_path/'file')).replace('DIR', str(tmp_path/'new')) for a in args])
+    assert (got, msg in said) == (code, True), (got, said)
+    assert not (tmp_path/'new').exists()
+
+
+def test_what_a_terminal_would_obey_is_escaped(tmp_path, capsys):
+    d = tmp_path/'a\x1b[31mb'
+    NormStats(.5, .5, 'us\x1b[2J', notes=('\x1b]0;x\x07',)).save(d)
+    (d/'\udcff\x1b.png').write_bytes(b'no image')
+    Image.new('RGB', (8, 8)).save(d/'a.png')
+    for args in (['expected', d], ['expected', d, d/'no.json'], ['check', d, d]):
+        said = normx(capsys, *args)[1]
+        assert all(c.isprintable() or c == '\n' for c in said) and 'x1b' in said
+
+
+def test_a_fault_of_ours_is_not_called_a_mismatch(photos, capsys, monkeypatch):
+    monkeypatch.setattr(cli, 'expected_stats', lambda *a: 1/0)
+    monkeypatch.setattr(sys, 'argv', ['normx', 'check', str(photos), 'resnet50'])
+    with pytest.raises(SystemExit) as e: cli.main()
+    assert e.value.code == 2 and 'ZeroDivisionError' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('command', ['check {photos} {config}', 'expected {config}'])
+def test_nobody_to_write_to(photos, command):
+    "A full disk, a reader that is gone, and letters that the terminal does not have"
+    config = NormStats(.5, .5, 'Mü ☃').save(photos/'cfg.json')
+    (photos/'ü.png').touch()
+    run = f'{sys.executable} -c "from fastai_normx.cli import main; main()" '+command.format(photos=photos, config=config)
+    for to, codes in (('> /dev/full', {2}), ('| exit 0', {2}), ('| cat', {0})):
+        r = subprocess.run(['bash', '-c', f'{run} {to}; exit ${{PIPESTATUS[0]}}'], capture_output=True, text=True, env=os.environ | dict(PYTHONIOENCODING='ascii'))
+        assert r.returncode in codes and 'Traceback' not in r.stderr and 'ignored' not in r.stderr, (to, r)
 
 
 if __name__ == '__main__':  # a table of what goes wrong: `python tests/test_hostile.py 10000`
