@@ -24,6 +24,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.data.transforms import IntToFloatTensor,Normalize
 from .warn import NormxWarning,warn_user
+from .transforms import _printable
 from .files import _files,_holds_files,_is_deep,_is_file,_measure,_open,deep_behind
 
 # %% ../nbs/00_stats.ipynb #59e5068c
@@ -352,7 +353,7 @@ def _source(data, order, partly, raw, mode, n_items, broken, deep=None):
     if isinstance(data, DataLoader): return _fastai_source(data, order, raw)
     if isinstance(data, TorchDL): return _torch_source(data, order, partly)
     if _holds_files(data):
-        fs = order(_files(data))
+        fs = order(_files(data, broken))
         return _file_stats(fs, mode, n_items, broken, [] if deep is None else deep),min(len(fs), n_items or len(fs))/64,True
     one_batch = not isinstance(data, (tuple,list,L)) and _inside(data) is not None
     if one_batch or not hasattr(data, '__iter__'): raise ValueError(
@@ -375,7 +376,7 @@ def _say(broken, n, short, margin, tol, n_items, deep=None):
     "One warning for what a reader of the statistics should know; `deep`: `DeepFiles` or None"
     msgs = []
     if broken: msgs.append(f'{len(broken)} of {len(broken)+n} image files could not be read and were left out: '
-        + ', '.join(f'{Path(f).name} ({type(e).__name__})' for f,e in broken[:10]) + (', ...' if len(broken)>10 else '') + '.')
+        + ', '.join(f'{_printable(str(f))} ({type(e).__name__})' for f,e in broken[:10]) + (', ...' if len(broken)>10 else '') + '.')
     if short=='order': msgs.append(f'Stopped after {n} images, in the order in which the data came: the margin tol={tol} holds only if that order is random. '
         'Shuffle the data first, or pass a loader with a dataset that can be indexed.')
     if short=='n_items': msgs.append(f'n_items={n_items} images were read before tol={tol} was reached: means and stds are known to within {margin:.3g}. Raise n_items, or leave it out.')
@@ -411,7 +412,7 @@ def data_stats(
                 look = len(res)*_look
             if last: stop = 'n_items'; break
         if progress and bar.last_v is not None: bar.on_iter_end()
-    if not len(res): raise ValueError(f'data_stats could read none of the {len(broken)} image files; {Path(broken[0][0]).name}: {broken[0][1]}' if broken else
+    if not len(res): raise ValueError(f'data_stats could read none of the {len(broken)} image files; {str(broken[0][0])!r}: {broken[0][1]}' if broken else
                                       'data_stats found no images: the data are empty. Pass at least one batch.')
     short = 'order' if stop=='tol' and not random else 'n_items' if stop=='n_items' and tol else None
     found = _measure(deep, len(res), mode) if deep else None if _holds_files(data) else deep_behind(_first_loader(data))

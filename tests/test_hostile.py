@@ -2,7 +2,7 @@
 
 The mutations of configs are drawn at random: 500 of them here. For 10,000, and for the long draws of `test_properties.py`:
 `pytest --runslow -m slow`, or `RUNSLOW=1 pytest`."""
-import copy, dataclasses, itertools, json, math, os, random, re, subprocess, sys, tempfile, threading, warnings
+import copy, dataclasses, io, itertools, json, math, os, random, re, socket, struct, subprocess, sys, tempfile, threading, warnings, zlib
 from collections import Counter
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -10,10 +10,14 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
+from fastai.vision.core import PILImage
 from PIL import Image
 
-from fastai_normx import cli
+from fastai_normx import cli, stats
 from fastai_normx.expected import ExpectedStatsWarning, NormStats, expected_stats
+from fastai_normx.files import deep_behind
+from fastai_normx.stats import data_stats
+from fastai_normx.warn import NormxWarning
 
 transformers, timm, open_clip = map(pytest.importorskip, ('transformers', 'timm', 'open_clip'))
 from open_clip.transform import PreprocessCfg
@@ -437,7 +441,7 @@ heard = None
 
 
 def listen(event, args):
-    if heard is not None and (event in dangerous or event == 'exec' and 'hostile' in str(getattr(args[0], 'co_filename', ''))): heard.append((event, str(args)[:200]))
+    if heard is not None and (event in dangerous or event == 'exec' and 'hostile_model' in str(getattr(args[0], 'co_filename', ''))): heard.append((event, str(args)[:200]))
 
 
 @pytest.fixture
@@ -451,7 +455,7 @@ def actions():
 
 
 def test_nothing_in_a_model_folder_is_executed_or_unpickled(tmp_path, actions):
-    path = tmp_path/'hostile'
+    path = tmp_path/'hostile_model'
     path.mkdir()
     marker = f'import pathlib; pathlib.Path({str(tmp_path/"executed")!r}).touch()'
     for f in ('image_processing_vit.py', 'configuration.py', '__init__.py', 'transformers.py', 'timm.py', 'json.py'): (path/f).write_text(marker)
@@ -560,6 +564,210 @@ def test_nobody_to_write_to(photos, command):
     for to, codes in (('> /dev/full', {2}), ('| exit 0', {2}), ('| cat', {0})):
         r = subprocess.run(['bash', '-c', f'{run} {to}; exit ${{PIPESTATUS[0]}}'], capture_output=True, text=True, env=os.environ | dict(PYTHONIOENCODING='ascii'))
         assert r.returncode in codes and 'Traceback' not in r.stderr and 'ignored' not in r.stderr, (to, r)
+
+
+# Image files
+
+pixels = np.random.default_rng(1).integers(0, 256, (24, 16, 3), dtype=np.uint8)
+
+
+def read(*args, **kw):
+    "`ChannelStats` and what was said, or the error; within a minute"
+    def f():
+        with warnings.catch_warnings(record=True) as ws:
+            warnings.simplefilter('always')
+            s = data_stats(*args, progress=False, **kw)
+        return s, [str(w.message) for w in ws if issubclass(w.category, NormxWarning)]
+    return within(60, f)
+
+
+def write(kind, f):
+    "An image file of an odd kind"
+    im, alpha = Image.fromarray(pixels), np.arange(24*16, dtype=np.uint8).reshape(24, 16)
+    if kind == 'CMYK': im.convert('CMYK').save(f, 'JPEG')
+    if kind == 'palette': im.convert('P', palette=Image.Palette.ADAPTIVE, colors=17).save(f, 'PNG')
+    if kind == 'transparent palette': im.convert('P', palette=Image.Palette.ADAPTIVE, colors=17).save(f, 'PNG', transparency=bytes(range(17)))
+    if kind == 'alpha': Image.fromarray(np.dstack([pixels, alpha])).save(f, 'PNG')
+    if kind == 'grey and alpha': Image.fromarray(np.dstack([pixels[..., 0], alpha])).save(f, 'PNG')
+    if kind == 'black and white': im.convert('1').save(f, 'PNG')
+    if kind == 'animated GIF': im.save(f, 'GIF', save_all=True, append_images=[Image.fromarray(255-pixels)]*3)
+    if kind == 'animated PNG': im.save(f, 'PNG', save_all=True, append_images=[Image.fromarray(255-pixels)]*3)
+    if kind == 'two pages': im.save(f, 'TIFF', save_all=True, append_images=[Image.fromarray(255-pixels)])
+    if kind == 'PNG that calls itself JPEG': im.save(f, 'PNG')
+    if kind == 'one pixel': im.crop((0, 0, 1, 1)).save(f, 'PNG')
+    if kind == 'one line': im.resize((9999, 1)).save(f, 'PNG')
+    return f
+
+
+@pytest.mark.parametrize('kind', ['CMYK', 'palette', 'transparent palette', 'alpha', 'grey and alpha', 'black and white', 'animated GIF', 'animated PNG', 'two pages', 'PNG that calls itself JPEG', 'one pixel', 'one line'])
+def test_odd_images_are_read_as_fastai_reads_them(tmp_path, kind):
+    f = write(kind, tmp_path/'a.jpg')
+    x = np.asarray(PILImage.create(f))/255  # the first frame, in RGB
+    for source in (tmp_path, f, [f]):
+        s, said = read(source)
+        assert len(s) == 1 and not said
+        np.testing.assert_allclose(s.mean, x.mean((0, 1)), atol=1e-12)
+        np.testing.assert_allclose(s.std, x.std((0, 1)), atol=1e-12)
+
+
+@pytest.mark.parametrize('turn', range(1, 9))
+def test_rotation_by_exif_changes_no_statistics(tmp_path, turn):
+    exif = Image.Exif()
+    exif[0x112] = turn
+    Image.fromarray(pixels).save(tmp_path/'a.png', exif=exif)
+    s, said = read(tmp_path)
+    x = pixels/255
+    assert not said
+    np.testing.assert_allclose(s.mean, x.mean((0, 1)), atol=1e-12)
+    np.testing.assert_allclose(s.within_std, x.std((0, 1)), atol=1e-12)
+
+
+def broken_image(kind, f):
+    "A file that cannot be read as an image, under a name of one"
+    whole = io.BytesIO()
+    Image.fromarray(pixels).save(whole, 'PNG' if 'PNG' in kind else 'JPEG')
+    b = whole.getvalue()
+    if kind == 'empty': f.touch()
+    if kind.startswith('truncated'): f.write_bytes(b[:len(b)*2//3])
+    if kind == 'header only': f.write_bytes(b[:40])
+    if kind == 'text': f.write_text('<html>404 Not Found</html>')
+    if kind == 'pickle': f.write_bytes(b'cos\nsystem\n(S"touch executed"\ntR.')
+    if kind == 'zeros':
+        with open(f, 'wb') as o: o.truncate(2**33)  # 8 GiB, none of them on disk
+    if kind == 'bomb': f.write_bytes(bomb(50000, 50000))
+    if kind == 'bomb of text': f.write_bytes(bomb(4, 4, b'x'*2**27))
+    if kind == 'PostScript': f.write_text('%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(touch executed) print\n%%EOF\n')
+    if kind == 'FIFO': os.mkfifo(f)
+    if kind == 'device': f.symlink_to('/dev/zero')
+    if kind == 'terminal': f.symlink_to('/dev/tty')
+    if kind == 'dangling link': f.symlink_to(f.parent/'nowhere.png')
+    if kind == 'circle of links':
+        f.symlink_to(f.parent/'b.link')
+        (f.parent/'b.link').symlink_to(f)
+    if kind == 'socket':
+        s, here = socket.socket(socket.AF_UNIX), os.getcwd()
+        os.chdir(f.parent)  # the name of a socket must be short
+        try: s.bind(f.name)
+        finally: os.chdir(here)
+        s.close()
+
+
+def bomb(width, height, text=b''):
+    "A PNG that is small on disk and large in memory"
+    part = lambda kind, data: struct.pack('>I', len(data))+kind+data+struct.pack('>I', zlib.crc32(kind+data))
+    head = struct.pack('>IIBBBBB', width, height, 8, 0, 0, 0, 0)
+    note = part(b'zTXt', b'a\0\0'+zlib.compress(text)) if text else b''
+    return b'\x89PNG\r\n\x1a\n'+part(b'IHDR', head)+note+part(b'IDAT', zlib.compress(bytes(10**6)))+part(b'IEND', b'')
+
+
+no_images = ['empty', 'truncated JPEG', 'truncated PNG', 'header only', 'text', 'pickle', 'zeros', 'bomb', 'bomb of text', 'PostScript', 'FIFO', 'device', 'terminal', 'dangling link', 'circle of links', 'socket']
+
+
+@pytest.mark.parametrize('kind', no_images)
+def test_what_is_no_image_is_named_once_and_left_out(photos, capsys, monkeypatch, actions, kind):
+    (photos/'sub').mkdir()
+    broken_image(kind, photos/'sub'/'a.jpg')
+    monkeypatch.chdir(photos.parent)
+    whole, _ = read(sorted(photos.glob('*.png')))
+    for source in ('photos', Path('photos'), [str(f) for f in sorted(Path('photos').glob('*.png'))]+['photos/sub/a.jpg'], photos):
+        s, said = read(source)
+        assert len(s) == 4
+        np.testing.assert_allclose(s.std, whole.std, rtol=1e-12)
+        name = photos/'sub'/'a.jpg' if source is photos else 'photos/sub/a.jpg'
+        assert len(said) == 1 and said[0].startswith('1 of 5 image files could not be read') and f' {name} (' in said[0]
+    e = read('photos/sub')
+    assert isinstance(e, ValueError) and "none of the 1 image files; 'photos/sub/a.jpg': " in str(e)
+    assert within(60, lambda: deep_behind('photos')) is None
+    code, told = within(60, lambda: normx(capsys, 'check', 'photos', 'resnet50'))
+    assert code == 0 and told.count('a.jpg') == 1
+    assert actions == []
+
+
+def test_files_are_named_where_two_have_one_name(photos, monkeypatch):
+    monkeypatch.chdir(photos)
+    for d in ('a', 'b'):
+        (photos/d).mkdir()
+        (photos/d/'x.png').touch()
+    said, = read('.')[1]
+    assert sorted(re.findall(r'(\S+) \(UnidentifiedImageError\)', said)) == ['a/x.png', 'b/x.png']
+
+
+def test_a_large_image_is_read(tmp_path):
+    Image.new('RGB', (12000, 5000), (255, 0, 51)).save(tmp_path/'a.png')
+    s, said = read(tmp_path)
+    np.testing.assert_allclose(s.mean, [1, 0, .2], atol=1e-12)
+    assert s.count.tolist() == [6*10**7]*3 and not said
+
+
+def test_links_in_circles_count_a_photo_once(photos):
+    (photos/'a'/'b').mkdir(parents=True)
+    Image.fromarray(pixels).save(photos/'a'/'b'/'p.png')
+    for n, to in (('self', photos), ('a/up', photos), ('a/b/up', photos/'a'), ('again', photos/'a'/'b')): (photos/n).symlink_to(to, target_is_directory=True)
+    (photos/'x').symlink_to(photos/'y')
+    (photos/'y').symlink_to(photos/'x')
+    (photos/'p.png').symlink_to(photos/'a'/'b'/'p.png')
+    (photos/'relative.png').symlink_to('0.png')
+    s, said = read(photos)
+    assert len(s) == 5 and not said
+    (photos.parent/'link').symlink_to(photos, target_is_directory=True)
+    assert read(photos.parent/'link') == (s, [])
+
+
+def test_folders_far_inside_others(tmp_path):
+    here, fd = os.getcwd(), []
+    try:
+        os.chdir(tmp_path)
+        Image.fromarray(pixels).save('first.png')
+        for _ in range(1500):  # deeper than Python calls itself
+            os.mkdir('d')
+            os.chdir('d')
+        Image.fromarray(pixels).save('last.png')
+    finally: os.chdir(here)
+    os.chdir(tmp_path)
+    try:
+        s, said = read('.')
+        assert len(s) == 2 and not said
+    finally:
+        os.chdir(here)
+        subprocess.run(['rm', '-rf', str(tmp_path/'d')])
+
+
+def test_folders_and_files_without_permission_are_named(unreadable):
+    path, as_nobody = unreadable
+    for i in range(3): Image.fromarray(pixels).save(path/f'{i}.png')
+    (path/'closed').mkdir()
+    Image.fromarray(pixels).save(path/'closed'/'3.png')
+    whole, _ = read(path)
+    assert len(whole) == 4
+    os.chmod(path/'closed', 0)
+    os.chmod(path/'0.png', 0)
+    s, said = as_nobody(lambda: read(path))
+    assert len(s) == 2 and len(said) == 1 and f'{path}/closed (PermissionError)' in said[0] and f'{path}/0.png (PermissionError)' in said[0]
+    e = as_nobody(lambda: read(path/'closed'))
+    assert isinstance(e, ValueError) and re.search("closed' cannot be read: Permission denied", str(e))
+
+
+def test_files_that_are_deleted_meanwhile(photos, monkeypatch):
+    real = stats._open
+    def slow(f):
+        if f.name == '2.png': f.unlink()
+        return real(f)
+    monkeypatch.setattr(stats, '_open', slow)
+    s, said = read(photos)
+    assert len(s) == 3 and len(said) == 1 and '2.png (FileNotFoundError)' in said[0]
+    listed, scandir = [], os.scandir
+    (photos/'a').mkdir()
+    def gone(p):
+        if str(p).endswith('/a'): os.rmdir(p)
+        return scandir(p)
+    monkeypatch.setattr(os, 'scandir', gone)
+    s, said = read(photos)
+    assert len(s) == 3 and len(said) == 1 and 'photos/a (FileNotFoundError)' in said[0]
+
+
+def test_odd_names_of_folders():
+    for name in ('', '\0', 'a'*5000, '\ud800', 'no/such', '~nobody'):
+        with pytest.raises(ValueError, match='does not exist: check the path'): data_stats(name)
 
 
 if __name__ == '__main__':  # a table of what goes wrong: `python tests/test_hostile.py 10000`
