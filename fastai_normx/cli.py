@@ -6,7 +6,7 @@
 __all__ = ['normx_expected', 'normx_check', 'normx_demo', 'main']
 
 # %% ../nbs/05_cli.ipynb #b830af73
-import sys,warnings
+import os,sys,traceback,warnings
 from importlib import import_module
 from json import dumps
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 from fastcore.script import anno_parser,call_parse
 from .expected import ExpectedStatsWarning,expected_stats
 from .lessons import offline_lite0,tiles
+from .transforms import _printable
 
 # %% ../nbs/05_cli.ipynb #816ab571
 def _rows(names, n_in):
@@ -30,11 +31,12 @@ def _rows(names, n_in):
 def _table(rows):
     "Print `rows` in columns, the notes of each below it"
     num = lambda vs: ' '.join(f'{v:.8g}' for v in vs)
-    cells = [('name','mean','std','source')] + [(r['name'], num(r['mean']), num(r['std']), r['source']) for r in rows]
+    cells = [('name','mean','std','source')]
+    cells += [(_printable(r['name']), num(r['mean']), num(r['std']), _printable(r['source'])) for r in rows]
     widths = [max(map(len, col)) for col in zip(*cells)]
     for c,notes in zip(cells, [()] + [r['notes'] for r in rows]):
         print('  '.join(o.ljust(w) for o,w in zip(c, widths)).rstrip())
-        for n in notes: print(f'  note: {n}')
+        for n in notes: print(f'  note: {_printable(n)}')
 
 # %% ../nbs/05_cli.ipynb #2d53f379
 @call_parse
@@ -43,17 +45,21 @@ def normx_expected(
     n_in:int=None, # Channels of your images (default: as the source says)
     json:bool=False # Print JSON, one object for each name
 ):
-    "What pretrained backbones expect at their input, and who says so"
+    "What pretrained backbones expect at their input, and who says so. Exit code 1 if a name is not known"
     if not names: raise SystemExit('normx expected: give at least one name, for example: normx expected resnet50 tf_efficientnet_lite0')
     rows = list(_rows(names, n_in))
     ok,bad = [r for r in rows if 'error' not in r],[r for r in rows if 'error' in r]
     if json: print(dumps(rows, indent=1))
     else:
         if ok: _table(ok)
-        for r in bad: print(f"\n{r['error']}", file=sys.stderr)
+        for r in bad: print(f"\n{_printable(r['error'])}", file=sys.stderr)
     return int(bool(bad))
 
 # %% ../nbs/05_cli.ipynb #b5170e1f
+def _check_folder(name, command):
+    "Refuse an empty name, which Python takes for the current folder"
+    if not str(name).strip(): raise ValueError(f'the name of the folder is empty. For the current one: `normx {command}`.')
+
 def _report_dict(r):
     "A `MatchReport` as plain data"
     return dict(outcome=r.outcome, kind=r.kind, images=len(r.observed), findings=[vars(f) for f in r.findings], expected=r.expected.to_dict(),
@@ -67,20 +73,22 @@ def normx_check(
     n_in:int=None, # Channels of your images (default: as the backbone says)
     json:bool=False # Print JSON
 ):
-    "Do the images in a folder fit a backbone? Exit code 1 if they do not, 2 if that cannot be told"
+    "Do the images in a folder fit a backbone? Exit code 0 if they do, 1 if they do not, 2 if that cannot be told"
     with warnings.catch_warnings(record=True) as ws:
         warnings.simplefilter('always')
         from fastai_normx.match import stats_match
         from fastai_normx.stats import DataStatsWarning
         try:
-            if not folder.strip(): raise ValueError('the name of the folder is empty. For the current one: `normx check . NAME`.')
+            _check_folder(folder, 'check . NAME')
             r = stats_match(Path(folder).expanduser(), expected_stats(name, n_in), n_items=n_items, warn=False)
         except (ValueError,ImportError,OSError) as e:
-            order = '\nThe folder of images comes first, then the name: `normx check FOLDER NAME`.' if not Path(folder).expanduser().is_dir() and Path(name).is_dir() else ''
-            print(f'normx check: {e}'.replace('data_stats ', '') + order, file=sys.stderr)
+            swapped = os.path.isdir(name) and not os.path.isdir(os.path.expanduser(folder))
+            order = '\nThe folder of images comes first, then the name: `normx check FOLDER NAME`.' if swapped else ''
+            print(_printable(f'normx check: {e}'.replace('data_stats ', '')) + order, file=sys.stderr)
             return 2
     notes = [str(w.message) for w in ws if issubclass(w.category, (ExpectedStatsWarning,DataStatsWarning))]
-    print(dumps(_report_dict(r)|dict(notes=notes), indent=1) if json else '\n'.join([str(r), *(f'note: {n}' for n in notes)]))
+    if json: print(dumps(_report_dict(r)|dict(notes=notes), indent=1))
+    else: print(_printable('\n'.join([str(r), *(f'note: {n}' for n in notes)])))
     return {'ok':0, 'mismatch':1, 'cannot tell':2}[r.outcome]
 
 # %% ../nbs/05_cli.ipynb #bb4a612c
@@ -120,6 +128,8 @@ def normx_demo(
     from fastai_normx.activations import ActivationLogger
     from fastai_normx.constants import constants_text
     from fastai_normx.match import StatsMatch
+    _check_folder(path, 'demo .')
+    if epochs<0: raise ValueError(f'`epochs` is 0 or more; received {epochs}')
     path = Path(path).expanduser()
     path.mkdir(parents=True, exist_ok=True)
     def save(name): plt.savefig(path/name, bbox_inches='tight', dpi=110); plt.close('all')
@@ -155,6 +165,27 @@ def normx_demo(
     print(f'\nPictures:  {path}/batch.png, layers.png, results.png, constants.png')
 
 # %% ../nbs/05_cli.ipynb #e10b30bc
+def _write_nowhere():
+    "Drop what is still to be printed: nobody can read it"
+    try: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError: pass # not a real file
+
+def _exit_code(name, f):
+    "What `f` returns; 2 if it cannot be done, be it for a fault of this package, because 1 is an answer"
+    for o in (sys.stdout,sys.stderr):
+        if hasattr(o, 'reconfigure'): o.reconfigure(errors='backslashreplace') # letters that the terminal does not have
+    try:
+        code = f()
+        sys.stdout.flush()
+        return code
+    except ImportError as e: return f'normx {name}: {e}'
+    except BrokenPipeError: _write_nowhere()
+    except (ValueError,OSError) as e:
+        print(_printable(f'normx {name}: {e}'), file=sys.stderr)
+        if isinstance(e, OSError) and e.filename is None: _write_nowhere()
+    except Exception: traceback.print_exc()
+    return 2
+
 _commands = dict(expected=normx_expected, check=normx_check, demo=normx_demo)
 
 def main():
@@ -169,5 +200,4 @@ def main():
     f = _commands[name].__wrapped__
     args = vars(anno_parser(f, prog=f'normx {name}', pos=['path']).parse_args(rest))
     for k in ('pdb','xtra'): args.pop(k, None)
-    try: sys.exit(f(*args.pop('names', ()), **args))
-    except ImportError as e: raise SystemExit(f'normx {name}: {e}')
+    sys.exit(_exit_code(name, lambda: f(*args.pop('names', ()), **args)))

@@ -7,6 +7,7 @@ __all__ = ['ExpectedStatsWarning', 'NormStats', 'expected_stats']
 
 # %% ../nbs/01_expected.ipynb #163f9f93
 import dataclasses,difflib,json,os,re,sys
+from collections.abc import Mapping
 from enum import Enum
 from functools import cache,partial,singledispatch
 from importlib import import_module
@@ -27,6 +28,8 @@ from .transforms import _floats,_quote,is_transform,known,read_chain,_readers
 class ExpectedStatsWarning(NormxWarning): "The constants are usable, but something about them deserves a look"
 
 # %% ../nbs/01_expected.ipynb #b4ace6f6
+_least = 2**-126 # Smaller numbers lose precision in float32, and their inverses overflow
+
 @dataclasses.dataclass(frozen=True)
 class NormStats(Affine):
     "The constants a model's input is normalized with, `(x-mean)/std`, and where they come from"
@@ -41,15 +44,24 @@ class NormStats(Affine):
     def __post_init__(self):
         for k in ('mean','std','ref_mean','ref_std'):
             if (v := getattr(self, k)) is not None or not k.startswith('ref'): object.__setattr__(self, k, _floats(v, k))
+        self._check_words()
         object.__setattr__(self, 'notes', tuple(self.notes))
         for a,b in (('mean','std'),('mean','ref_mean'),('mean','ref_std')):
             if (v := getattr(self, b)) is not None and len(v)!=self.n_in: raise ValueError(
                 f'`{a}` and `{b}` need the same length, one number per channel: received {self.n_in} and {len(v)}, '
-                f'{getattr(self, a)} and {v}')
+                f'{_quote(getattr(self, a))} and {_quote(v)}')
         if self.uniform and self.n_in>1: raise ValueError(f'`uniform` means one number for every channel: received {self.n_in}, '
-            f'{self.mean}')
-        if any(s<=0 for s in self.std): raise ValueError(
-            f'`std` divides the pixels, so it must be greater than 0: received {self.std}. For a channel that never changes use 1.')
+            f'{_quote(self.mean)}')
+        if any(s<=0 for s in self.std): raise ValueError(f'`std` divides the pixels, so it must be greater than 0: received '
+            f'{_quote(self.std)}. For a channel that never changes use 1.')
+        if min(self.std)<_least or max(map(abs, self.mean+self.std))>1/_least: raise ValueError(
+            f'float32 cannot hold these constants, so pixels would become inf: received {_quote(self.mean)} and {_quote(self.std)}')
+
+    def _check_words(self):
+        ok = isinstance(self.source, str) and isinstance(self.uniform, bool) and isinstance(self.notes, (tuple,list))
+        if not ok or not all(isinstance(n, str) for n in self.notes): raise ValueError(
+            '`source` is a text, `notes` a tuple of texts and `uniform` True or False; received '
+            f'{_quote(self.source)}, {_quote(self.notes)} and {_quote(self.uniform)}')
 
     def __repr__(self): return f'NormStats(mean={short(self.mean)}, std={short(self.std)}, source={self.source!r})'
     def to_dict(self):
@@ -73,7 +85,7 @@ _takes = ('a timm name; a torchvision builder, weights entry or transform; a fas
           'a Hugging Face processor; a config (dict, JSON file or model folder); or the two tuples themselves, `(mean, std)`')
 
 def _refuse(source): raise ValueError(
-    f'expected_stats cannot read {type(source).__module__}.{type(source).__qualname__}: {str(source)[:120]!r}.\n'
+    f'expected_stats cannot read {type(source).__module__}.{type(source).__qualname__}: {_quote(source)}.\n'
     f'It takes {_takes}.\nFor a type of your own: `@expected_stats.register(YourType)`.')
 
 _resolve = singledispatch(_refuse)
@@ -137,18 +149,29 @@ def _import(name, extra, why):
 
 def _ref(tag):
     "Mean and std of the raw pixels behind the weights called `tag`, or nothing where that is not known"
-    if re.search(r'in1k|in12k|in2[12]k|imagenet', tag or '', re.I): return imagenet_pixels
-    return tuple(families['CLIP']) if re.search('openai|laion', tag or '') else (None,None)
+    if re.search(r'in1k|in12k|in2[12]k|imagenet', tag, re.I): return imagenet_pixels
+    return tuple(families['CLIP']) if re.search('openai|laion', tag) else (None,None)
+
+def _word(o):
+    "`o` if it is a short printable text; nothing for what else a config may hold in its place"
+    return o if isinstance(o, str) and len(o)<=160 and o.isprintable() else ''
 
 # %% ../nbs/01_expected.ipynb #275b71fd
 def _timm_stats(cfg, name):
     "`NormStats` from timm's `PretrainedCfg` (or its dict), refused when it holds only timm's defaults"
-    c = cfg if isinstance(cfg, dict) else dataclasses.asdict(cfg)
+    c = cfg if isinstance(cfg, dict) else dict(vars(cfg))
     if not any(c.get(k) for k in ('url','file','state_dict','hf_hub_id','source','custom_load')): raise ValueError(
         f"timm registers no pretrained weights for {name!r}, so the mean and std in its config are only defaults. "
         "If you trained the weights yourself, pass the constants you used: `(mean, std)`.")
-    if c.get('tag') and '.' not in name: name = f"{name}.{c['tag']}"
-    return NormStats(c.get('mean'), c.get('std'), f"{_lib('timm')}: {name}", *_ref(c.get('tag')))
+    tag = _word(c.get('tag'))
+    if tag and '.' not in name: name = f'{name}.{tag}'
+    s = NormStats(c.get('mean'), c.get('std'), f"{_lib('timm')}: {name}")
+    return _with_ref(s, tag)
+
+def _with_ref(s, tag):
+    "`s` with the raw pixels behind the weights called `tag`, where they are known and it has three channels"
+    ref = _ref(tag) if s.n_in==3 else (None,None)
+    return dataclasses.replace(s, ref_mean=ref[0], ref_std=ref[1])
 
 def _timm_note(arch, s):
     "Say so if other tags of `arch` expect other constants"
@@ -219,8 +242,8 @@ def _from_weights(w):
     t = w.transforms
     if isinstance(t, (type,partial,FunctionType,MethodType)): t = _made(t)
     s = _from_transform(t, f'The transforms of torchvision {w} state')
-    ref = _ref(w.name) if s.n_in==3 else ()
-    s = NormStats(*s, f"{_library(type(w).__module__.partition('.')[0])}: {w}", *ref, notes=s.notes, uniform=s.uniform)
+    s = NormStats(*s, f"{_library(type(w).__module__.partition('.')[0])}: {w}", notes=s.notes, uniform=s.uniform)
+    s = _with_ref(s, w.name)
     arch = _builders().get(type(w))
     if not _converts_input(arch): return _report_conflict(s, arch) if w.name=='IMAGENET1K_V1' else s
     msg = (f"torchvision's {arch} takes these constants and converts them to 0.5 / 0.5 in its forward (`transform_input=True`); a "
@@ -333,7 +356,7 @@ def _unknown(name):
     close = difflib.get_close_matches(name, _known_names(), 5, .6)
     try: tried = _lib('timm')
     except PackageNotFoundError: tried = "timm (not installed: pip install 'fastai_normx[timm]')"
-    return ValueError(f'expected_stats does not know {name!r}.\n'
+    return ValueError(f'expected_stats does not know {_quote(name)}.\n'
         f"Tried: {tried}, {_lib('torchvision')} weights and builders, fastai's architectures, a file or folder of that name.\n"
         + (f"Closest names: {', '.join(dict.fromkeys(close))}.\n" if close else 'No known name is close to it.\n') + f'Pass {_takes}.')
 
@@ -464,11 +487,16 @@ def _model_of(source):
     try: return getattr(source, 'model', source)
     except Exception: return source # a `DataLoaders` without a loader
 
+def _height_width(size):
+    "The last two of `size`, three numbers as timm states them; 224 for anything else"
+    ok = isinstance(size, (list,tuple)) and len(size)==3 and all(isinstance(o, int) and 0<o<=2048 for o in size)
+    return size[1:] if ok else (224,224)
+
 def _blank(model, n):
     "A black image of the size that `model` was trained with"
     cfgs = [c for m in model.modules() if (c := getattr(m, 'pretrained_cfg', None))]
-    size = [c.get('input_size') if isinstance(c, dict) else c.input_size for c in cfgs]
-    height,width = (size[0] if size and size[0] else (3,224,224))[1:]
+    size = [c.get('input_size') if isinstance(c, dict) else getattr(c, 'input_size', None) for c in cfgs]
+    height,width = _height_width(size[0] if size else None)
     p = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(0))
     return torch.zeros(1, n, height, width, dtype=p.dtype, device=p.device)
 
@@ -484,7 +512,10 @@ def expected_stats(
     a model; a Hugging Face processor; a config (dict, JSON file or model folder); the constants themselves, `(mean, std)`.
     Anything else is a `ValueError` that says what was tried. What a pipeline does apply is `applied_stats`"""
     model = _model_of(source)
-    if not isinstance(model, nn.Module) or _reads_as_chain(model): return _stated(source, n_in, extra)
+    try:
+        if not isinstance(model, nn.Module) or _reads_as_chain(model): return _stated(source, n_in, extra)
+    except RecursionError: raise ValueError(
+        f'This {type(source).__name__} is nested too deeply, or holds itself: {_quote(source)}. Pass `(mean, std)`.') from None
     found = inside(model, _blank(model, n_in or _channels(source) or 3))
     try: backbone = _stated(source, n_in, extra)
     except ValueError:
@@ -495,67 +526,116 @@ def expected_stats(
 expected_stats.register = _resolve.register
 
 # %% ../nbs/01_expected.ipynb #444ff694
-def _hf_defaults(d, kind):
-    "`d` completed with the defaults of the processor class it names"
+def _named(d, where):
+    "The class of the processor that a config names; None: it names none"
+    kind = ifnone(d.get('image_processor_type'), d.get('feature_extractor_type'))
+    if kind is None or isinstance(kind, str) and kind.isidentifier() and len(kind)<100: return kind
+    raise ValueError(f'{where} names the class of its processor as {_quote(kind)}: expected a name such as ViTImageProcessor')
+
+def _hf_class(kind):
+    "The class of transformers called `kind`, an image processor and nothing else, or None"
     tf = _import('transformers', 'transformers', f'This config leaves values to the defaults of {kind}, and reading them')
-    if not isinstance(kind, str): raise ValueError(f'This config names the class of its processor as {_quote(kind)}: expected a '
-        'name such as ViTImageProcessor')
     kind = kind.replace('FeatureExtractor', 'ImageProcessor')
-    cls = getattr(tf, kind, None) or getattr(tf, kind.removesuffix('Fast'), None)
+    for k in (kind, kind.removesuffix('Fast')):
+        if re.search('ImageProcessor(Fast|Pil)?$', k) and hasattr(getattr(tf, k, None), 'from_dict'): return getattr(tf, k)
+
+def _hf_defaults(d, kind):
+    "The settings `d` completed with the defaults of the processor class `kind`"
+    cls = _hf_class(kind)
     if cls is None: raise ValueError(f"This config leaves values to the defaults of {kind}, which {_lib('transformers')} does not "
         "have. Pass `(mean, std)`.")
-    try: return cls.from_dict(d).to_dict()
+    try: return dict(do_normalize=False) | _settings(cls.from_dict(d).to_dict(), kind)
     except Exception as e: raise ValueError(f"{_lib('transformers')}'s {kind} does not accept this config ({type(e).__name__}: "
-        f"{e}). Pass `(mean, std)`.") from e
+        f"{str(e)[:300]}). Pass `(mean, std)`.") from e
+
+# %% ../nbs/01_expected.ipynb #4ef32606
+_only = dict(include_top='EfficientNet', rescale_offset='EfficientNet', offset='Vivit') # Settings of one model's processor
+_flags = 'do_normalize','do_rescale','do_flip_channel_order',*_only
+
+def _hf_model(kind): return re.sub('(ImageProcessor|FeatureExtractor)(Fast|Pil)?$', '', kind or '')
+
+def _flag(v, k, where):
+    if v is None or isinstance(v, bool) or _is_one(v) and v in (0,1): return bool(v)
+    raise ValueError(f'{where} has {k} {_quote(v)}: expected true or false')
+
+def _settings(d, where):
+    "What `d` says about the values of pixels; a flag that is null is off, as for transformers"
+    flags = {k:_flag(d[k], k, where) for k in _flags if k in d}
+    return flags | {k:d[k] for k in ('rescale_factor','image_mean','image_std') if k in d}
+
+def _is_complete(d, kind):
+    "Do the settings `d` leave nothing to the defaults of the processor class `kind`?"
+    needed = {'do_normalize','do_rescale','rescale_factor',*(k for k,m in _only.items() if m==_hf_model(kind))}
+    return needed <= d.keys() and ('image_mean' in d or not d['do_normalize'])
+
+def _is_on(d, k, kind):
+    "Does `d` set the flag `k`, and does a processor of class `kind` heed it?"
+    return d.get(k, False) and (not kind or _only[k]==_hf_model(kind))
 
 def _flips(d, kind):
     "Does this processor turn RGB into BGR?"
-    model = re.sub('(ImageProcessor|FeatureExtractor)(Fast|Pil)?$', '', str(kind))
+    model = _hf_model(kind)
     if model in ('LayoutLMv2','PPLCNet','PPOCRV5ServerDet','PPOCRV6SmallRec','UVDoc'): return True  # in its code, with no setting
-    flip = d.get('do_flip_channel_order')
-    return model in ('MobileViT','Tvp') if flip is None else flip
+    return d.get('do_flip_channel_order', model in ('MobileViT','Tvp'))
 
-def _rescale(d, where):
+def _rescale(d, kind, where):
     "Factor and offset that a processor applies to 8-bit pixels"
     f = d.get('rescale_factor', 1/255) if d.get('do_rescale', True) else 1
-    if not _is_one(f) or not f>0: raise ValueError(f'{where} has rescale_factor {_quote(f)}: expected a number greater than 0, '
-        'such as 1/255')
-    return f,1 if d.get('rescale_offset', d.get('offset', False)) and f!=1 else 0
+    if not _is_one(f) or not 0<f<=sys.float_info.max: raise ValueError(f'{where} has rescale_factor {_quote(f)}: expected a number '
+        'greater than 0, such as 1/255')
+    shifts = _is_on(d, 'rescale_offset', kind) or _is_on(d, 'offset', kind)
+    return float(f),1 if shifts and f!=1 else 0
 
-def _from_hf(d, where):
-    "Constants of a Hugging Face image processor's dict, as it acts on 8-bit images"
-    kind = d.get('image_processor_type') or d.get('feature_extractor_type')
-    stated = {'do_normalize','do_rescale','rescale_factor'} <= d.keys() and ('image_mean' in d or not d['do_normalize'])
-    notes = ()
-    if not stated and kind: d = dict(do_normalize=False) | {k:v for k,v in _hf_defaults(d, kind).items() if v is not None}
-    elif not stated: notes = ('the config does not say how it rescales: read as 1/255, as nearly all processors do',)
-    f,off = _rescale(d, where)
+def _keys(d): "The keys of `d` for people"; return (', '.join(map(str, list(d)[:40])) or 'none')[:400]
+
+def _hf_constants(d, kind, where):
+    "What the settings `d` subtract and divide by, once the pixels are rescaled"
     mean,std = (d.get('image_mean'),d.get('image_std')) if d.get('do_normalize', True) else (0.,1.)
     if mean is None or std is None: raise ValueError(
-        f'{where} normalizes (`do_normalize`) but states no `image_mean` and `image_std`; its keys: {", ".join(map(str, d))}. Pass '
-        '`(mean, std)`.')
-    mean,std = (_floats(o, k)*(1 if hasattr(o, '__iter__') else 3) for o,k in ((mean,'image_mean'),(std,'image_std')))
-    c = NormStats(mean, std)
-    if d.get('include_top'): c = c.then(Affine((0,), std))  # EfficientNet's processor divides by std once more
+        f'{where} normalizes (`do_normalize`) but states no `image_mean` and `image_std`; it says {_keys(d)}. Pass `(mean, std)`.')
+    def wide(o, k): return _floats(o, k)*(1 if hasattr(o, '__iter__') else 3)
+    c = NormStats(wide(mean, 'image_mean'), wide(std, 'image_std'))
+    if not _is_on(d, 'include_top', kind): return c
+    once_more = NormStats(c.mean, wide(d.get('image_std'), 'image_std')) # EfficientNet's processor divides by std again
+    return c.then(Affine((0,), once_more.std))
+
+# %% ../nbs/01_expected.ipynb #fd1c10b8
+def _warn_if_odd(s, f, c, d, where):
+    "Warn of constants in a range that is unlikely for what the settings `d` do"
     if f==1 and max(c.mean)<=1 and d.get('do_normalize', True): _warn(
         f'{where} has `do_rescale` off and a mean of {short(c.mean)}: applied to 8-bit images as it stands, it hardly shifts '
         'pixels in 0-255. '
         f'Used as stated. If its images were scaled to [0,1] beforehand, pass `({short(c.mean)}, {short(c.std)})` instead.')
+    elif not _in_range(s) or max(s.std)>.5+1e-6 and not _is_identity(s): _warn_range(s)
+
+def _from_hf(d, where):
+    "Constants of a Hugging Face image processor's dict, as it acts on 8-bit images"
+    kind,notes = _named(d, where),()
+    d = _settings(d, where)
+    if not _is_complete(d, kind):
+        if kind: d = _hf_defaults(d, kind)
+        else: notes = ('the config does not say how it rescales: read as 1/255, as nearly all processors do',)
+    f,off = _rescale(d, kind, where)
+    c = _hf_constants(d, kind, where)
     s = NormStats([(m+off)/(255*f) for m in c.mean], [o/(255*f) for o in c.std], f'{where}: {kind}' if kind else where, notes=notes)
-    if not _in_range(s): _warn_range(s)
+    _warn_if_odd(s, f, c, d, where)
     if _flips(d, kind): return _report_bgr(s, 'the processor turns RGB into BGR', 'after')
-    name = _reversed_family(mean)
-    return _report_bgr(s, f"{short(mean)} is {name}'s mean in reverse order", 'before') if name else s
+    name = _reversed_family(c.mean)
+    return _report_bgr(s, f"{short(c.mean)} is {name}'s mean in reverse order", 'before') if name else s
 
 # %% ../nbs/01_expected.ipynb #0a970175
+_saved = dict(image_processor_type='ViTImageProcessor', do_resize=False, do_rescale=True, rescale_factor=1/255, do_normalize=True)
+
 def _own(d):
-    "What `NormStats.save` wrote, unless the constants beside it were changed later"
+    "What `NormStats.save` wrote, unless what stands beside it was changed later, or a later version wrote what cannot be read here"
     own = d.get('fastai_normx')
     if not isinstance(own, dict): return
-    try: same = all(_floats(d.get(f'image_{k}'), k)==_floats(own.get(k), k) for k in ('mean','std'))
-    except ValueError: return
     fields = {f.name for f in dataclasses.fields(NormStats)}
-    return NormStats(**{k:v for k,v in own.items() if k in fields}) if same else None
+    try:
+        s = NormStats(**{k:v for k,v in own.items() if k in fields})
+        same = all(_floats(d.get(f'image_{k}', v), k)==v for k,v in (('mean',s.mean),('std',s.std)))
+        return s if same and all(d.get(k)==v for k,v in _saved.items() if k!='do_resize') else None
+    except (TypeError,ValueError): return
 
 def _input_range(d, where):
     "What the pixels that a config's constants are for are multiplied by: 1, or 255 by its `input_range`"
@@ -573,20 +653,24 @@ def _is_bgr(d, where):
         "`(mean, std)`.")
     return space=='BGR'
 
-def _from_config(d, where):
+def _from_config(d, where, depth=0):
     "Constants of a config `dict` from any of the libraries"
+    if not isinstance(d, dict) or depth>8: raise ValueError(f'{where} is no config: expected a dict, at most 8 of them inside each '
+        f'other; received {_quote(d)}')
     if own := _own(d): return own
     for k in ('image_processor','preprocess_cfg','pretrained_cfg','data_config'):
-        if isinstance(d.get(k), dict): return _from_config({'architecture':d.get('architecture'), **d[k]}, where)
+        if isinstance(d.get(k), dict): return _from_config({'architecture':d.get('architecture'), **d[k]}, where, depth+1)
     if {'image_mean','do_normalize','image_processor_type','feature_extractor_type'} & d.keys(): return _from_hf(d, where)
+    return _from_plain(d, where)
+
+def _from_plain(d, where):
+    "Constants of a `dict` that states `mean` and `std`"
     if d.get('mean') is None or d.get('std') is None: raise ValueError(
-        f'{where} states no normalization: expected `mean` and `std`, or `image_mean` and `image_std`; its keys: '
-        f'{", ".join(map(str, d)) or "none"}'[:600])
-    name = '.'.join(str(d[k]) for k in ('architecture','tag') if d.get(k))
+        f'{where} states no normalization: expected `mean` and `std`, or `image_mean` and `image_std`; its keys: {_keys(d)}')
+    name = '.'.join(o for k in ('architecture','tag') if (o := _word(d.get(k))))
     uniform = _is_one(d['mean']) and _is_one(d['std'])
     c = NormStats(d['mean'], d['std']).scaled(_input_range(d, where))
-    ref = _ref(name) if c.n_in==3 else ()
-    s = NormStats(*c, f'{where}: {name}' if name else where, *ref, uniform=uniform)
+    s = _with_ref(NormStats(*c, f'{where}: {name}' if name else where, uniform=uniform), name)
     return _report_bgr(s, "it says input_space='BGR'", 'before') if _is_bgr(d, where) else _checked(s)
 
 @_resolve.register
@@ -597,18 +681,30 @@ _max_bytes = 2**24
 
 @_resolve.register
 def _(source:Path):
-    p = Path(os.path.expanduser(source))
-    if p.is_dir(): return _from_folder(p)
-    if not p.exists(): raise FileNotFoundError(f'There is no file or folder {str(source)!r}')
-    if (n := p.stat().st_size) > _max_bytes: raise ValueError(f'{str(source)!r} has {n/2**20:.0f} MiB; a config has a few kB, so '
-        'it was not read')
-    try: d = json.loads(p.read_text(encoding='utf-8-sig'))
-    except UnicodeDecodeError: raise ValueError(f'{str(source)!r} is not a text file: expected JSON, such as {_config_files[0]}') from None
-    except RecursionError: raise ValueError(f'{str(source)!r} is nested too deeply to be a config') from None
-    except json.JSONDecodeError as e: raise ValueError(f'{str(source)!r} is ' + ('empty' if not n else f'not valid JSON: {e}')) from None
-    if not isinstance(d, dict): raise ValueError(f'{str(source)!r} is JSON but not a config: expected an object {{...}}, received '
+    name = _quote(str(source))
+    if '\0' in str(source): raise FileNotFoundError(f'There is no file or folder {name}')
+    try:
+        p = Path(os.path.expanduser(source))
+        if p.is_dir(): return _from_folder(p)
+        if not p.exists(): raise FileNotFoundError(f'There is no file or folder {name}')
+        d = _read_json(p, name)
+    except OSError as e:
+        if isinstance(e, FileNotFoundError): raise
+        raise ValueError(f'{name} cannot be read: {e.strerror or type(e).__name__}') from None
+    if not isinstance(d, dict): raise ValueError(f'{name} is JSON but not a config: expected an object {{...}}, received '
         f'a {type(d).__name__}')
     return _from_config(d, f'{p.parent.name}/{p.name}')
+
+def _whole(digits): "The number with these `digits`, inf if it is far too large"; return int(digits) if len(digits)<400 else float(digits)
+
+def _read_json(p, name):
+    "The JSON in the file `p`, whose `name` an error is to quote"
+    if not p.is_file(): raise ValueError(f'{name} is not a regular file: expected JSON, such as {_config_files[0]}')
+    if (n := p.stat().st_size) > _max_bytes: raise ValueError(f'{name} has {n/2**20:.0f} MiB; a config has a few kB, so it was not read')
+    try: return json.loads(p.read_text(encoding='utf-8-sig'), parse_int=_whole)
+    except UnicodeDecodeError: raise ValueError(f'{name} is not a text file in UTF-8: expected JSON, such as {_config_files[0]}') from None
+    except RecursionError: raise ValueError(f'{name} is nested too deeply to be a config') from None
+    except ValueError as e: raise ValueError(f'{name} is ' + ('empty' if not n else f'not valid JSON: {str(e)[:200]}')) from None
 
 def _from_folder(p):
     "Constants of a model folder, from whichever config states them"
@@ -632,7 +728,7 @@ def _(source:object):
     lib = type(source).__module__.partition('.')[0]
     where = _library(lib) if lib in ('transformers','timm','open_clip') else type(source).__name__
     if _reads_as_chain(source): return _from_transform(source)
-    if type(source).__name__=='PretrainedCfg': return _timm_stats(source, source.architecture or 'a PretrainedCfg')
+    if type(source).__name__=='PretrainedCfg': return _timm_stats(source, _word(source.architecture) or 'a PretrainedCfg')
     if hasattr(source, 'image_processor'): return _resolve(source.image_processor)
     if hasattr(source, 'to_dict') and lib in ('transformers','timm'): return _from_config(source.to_dict(), where)
     is_record = dataclasses.is_dataclass(source) and not isinstance(source, type)
@@ -640,12 +736,17 @@ def _(source:object):
     _refuse(source)
 
 # %% ../nbs/01_expected.ipynb #f0ced374
+def _record(cfg):
+    "The config `cfg`, a dict or an object, as a dict"
+    try: return dict(cfg) if isinstance(cfg, Mapping) else dict(vars(cfg))
+    except TypeError: raise ValueError(f'Its config is {_quote(cfg)}: expected a dict or a PretrainedCfg') from None
+
 def _config_of(m):
     "The constants that module `m` itself carries, or None"
-    if cfg := getattr(m, 'preprocess_cfg', None): return _from_config(dict(cfg), _library('open_clip'))
+    if cfg := getattr(m, 'preprocess_cfg', None): return _from_config(_record(cfg), _library('open_clip'))
     if cfg := getattr(m, 'pretrained_cfg', None):
-        d = cfg if isinstance(cfg, dict) else vars(cfg)
-        return _timm_stats(cfg, d.get('architecture') or type(m).__name__)
+        d = _record(cfg)
+        return _timm_stats(d, _word(d.get('architecture')) or type(m).__name__)
     if type(m).__module__.startswith('torchxrayvision.'): return _xray(m)
     has_range = isinstance(getattr(m, 'input_range', None), (list,tuple))  # pretrainedmodels
     if has_range and getattr(m, 'mean', None) is not None: return _from_config(vars(m), type(m).__name__)
@@ -687,8 +788,7 @@ def save(self:NormStats,
     "Write a `preprocessor_config.json` that transformers, timm and `expected_stats` read"
     p = Path(os.path.expanduser(path))
     if p.suffix!='.json': p = p/_config_files[0]
-    d = dict(image_processor_type='ViTImageProcessor', do_resize=False, do_rescale=True, rescale_factor=1/255, do_normalize=True,
-             image_mean=self.mean, image_std=self.std, mean=self.mean, std=self.std, fastai_normx=self.to_dict())
+    d = dict(_saved, image_mean=self.mean, image_std=self.std, mean=self.mean, std=self.std, fastai_normx=self.to_dict())
     txt = json.dumps(d, indent=1)+'\n'
     if p.exists() and not overwrite and p.read_bytes()!=txt.encode(): raise FileExistsError(f'{str(p)!r} exists and says something '
         'else: pass overwrite=True to replace it')

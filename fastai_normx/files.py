@@ -28,33 +28,59 @@ def _is_image(name):
     "Does fastai's `get_image_files` take a file of this name?"
     return not name.startswith('.') and os.path.splitext(name)[1].lower() in image_extensions
 
-def _image_files(folder):
-    "The image files in `folder` and below, each once, whatever links there are"
-    entered,found = set(),{}
-    for here,dirs,names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(here)
-        dirs[:] = [] if real in entered else [d for d in dirs if not d.startswith('.')]
-        entered.add(real)
-        for name in filter(_is_image, names):
-            path = os.path.join(here, name)
-            target = os.path.realpath(path) if os.path.islink(path) else os.path.join(real, name)
-            found.setdefault(target, Path(path))
+def _is_folder(entry):
+    try: return entry.is_dir()
+    except OSError: return False # links in a circle
+
+def _entries(folder):
+    "The folders and the image files in `folder`, as `os.DirEntry`s"
+    with os.scandir(folder) as entries: found = [(e, _is_folder(e)) for e in entries]
+    folders = [e for e,is_dir in found if is_dir and not e.name.startswith('.')]
+    return folders,[e for e,is_dir in found if not is_dir and _is_image(e.name)]
+
+def _number(folder): "What tells `folder` from all others"; s = os.stat(folder); return s.st_dev,s.st_ino
+
+def _place(link):
+    "The number of a folder and the name of the file in it that `link` leads to"
+    real = os.path.realpath(link)
+    try: return _number(os.path.dirname(real)),os.path.basename(real)
+    except OSError: return link
+
+def _image_files(folder, lost=None):
+    "The image files in `folder` and below, each once, whatever links there are; folders that cannot be read go to `lost`"
+    todo,entered,found = [os.fspath(folder)],set(),{}
+    while todo:
+        here = todo.pop()
+        try:
+            if (number := _number(here)) in entered: continue
+            folders,files = _entries(here)
+        except OSError as e:
+            if lost is not None: lost.append((here, e))
+            continue
+        entered.add(number)
+        todo += [e.path for e in reversed(folders)]
+        for e in files: found.setdefault(_place(e.path) if e.is_symlink() else (number,e.name), Path(e.path))
     return list(found.values())
 
-def _files(data):
-    "The image files that `data`, a folder, file or list of files, stands for"
+def _files(data, lost=None):
+    "The image files that `data`, a folder, file or list of files, stands for; folders that cannot be read go to `lost`"
     if not _is_file(data): return list(data)
+    lost = [] if lost is None else lost
     if not os.path.lexists(data): raise ValueError(
         f'data_stats takes a folder of images, and {str(data)!r} does not exist: check the path.')
-    files = _image_files(data) if Path(data).is_dir() else [data]
+    files = _image_files(data, lost) if os.path.isdir(data) else [data]
     if files: return files
-    raise ValueError(f'data_stats found no image files in {str(data)!r} or below: check the path, or pass the list of files.')
+    why = ''.join(f' {str(f)!r} cannot be read: {e.strerror}.' for f,e in lost[:3])
+    raise ValueError(f'data_stats found no image files in {str(data)!r} or below: check the path, or pass the list of files.{why}')
 
 def _open(f):
-    "The image file `f`, its header read; an `OSError` for a pipe or a device, which would be waited for"
+    "The image file `f`, its header read; an `OSError` for a pipe or a device, which would be waited for, and for a program"
     from PIL import Image
-    if os.path.exists(f) and not os.path.isfile(f): raise OSError(f'{str(f)!r} is not a regular file')
-    return Image.open(f)
+    if os.path.exists(f) and not os.path.isfile(f): raise OSError('not a regular file')
+    im = Image.open(f)
+    if im.format!='EPS': return im
+    im.close()
+    raise OSError('PostScript, a program that Pillow would have Ghostscript run')
 
 # %% ../nbs/00b_files.ipynb #3eabe53d
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ __all__ = ['DataStatsWarning', 'ChannelStats', 'data_stats']
 # %% ../nbs/00_stats.ipynb #fde9ee19
 import dataclasses,json,math,pickle,uuid
 from collections import deque
+from collections.abc import Mapping
 from concurrent.futures import BrokenExecutor,Executor,ProcessPoolExecutor,ThreadPoolExecutor
 from contextlib import closing,nullcontext
 from itertools import chain
@@ -25,26 +26,39 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.data.transforms import IntToFloatTensor,Normalize
 from .warn import NormxWarning,warn_user
+from .transforms import _printable,_quote
 from .files import _files,_holds_files,_is_deep,_is_file,_measure,_open,deep_behind
 
 # %% ../nbs/00_stats.ipynb #59e5068c
 class DataStatsWarning(NormxWarning): "Statistics were computed, but not from what you may think"
 
+def _refuse(x, what, instead): raise ValueError(f'ChannelStats.of takes {what}, received {x}: {instead}')
+
 def _plain_array(x):
-    "`x` in the order of bytes and with the steps that torch takes; a copy only if it must be"
+    "`x` with a type, an order of bytes and steps that torch takes; a copy only if it must be"
+    if isinstance(x, np.ma.MaskedArray): _refuse('a masked array', 'plain arrays', 'fill it with what is left out, `x.filled(np.nan)`')
+    if x.dtype.kind not in 'fiu': _refuse(x.dtype, 'float or integer pixels', 'convert them, e.g. `x.astype(np.float32)`')
+    if x.dtype.itemsize>8: x = x.astype(np.float64)
     if not x.dtype.isnative: x = x.astype(x.dtype.newbyteorder('='))
-    return np.ascontiguousarray(x) if min(x.strides, default=0)<0 else x
+    return x if x.flags.writeable and min(x.strides, default=0)>=0 else x.copy()
+
+def _plain_tensor(x):
+    "`x` without gradient, subclass and pending signs, or an error if its numbers do not lie in memory one by one"
+    if x.is_nested: _refuse('a nested tensor', 'images of one size', 'stack them, or pass `x.to_padded_tensor(float("nan"))`')
+    if x.layout!=torch.strided: _refuse('a sparse tensor', 'dense tensors', '`x.to_dense()`')
+    if x.is_quantized: _refuse('a quantized tensor', 'plain numbers', '`x.dequantize()`')
+    if x.is_meta: _refuse('a tensor without data', 'tensors with data', 'it is on the device "meta"')
+    if x.dtype==torch.bool or x.is_complex(): _refuse(x.dtype, 'float or integer pixels', 'convert them, e.g. `x.float()`')
+    return x.detach().as_subclass(Tensor).resolve_neg()
 
 def _pixels(x, dim):
     "`x` as a plain tensor `[N,C,pixels]`, or an error"
-    if not isinstance(x, (Tensor,np.ndarray)): raise ValueError(
-        f'ChannelStats.of takes a batch of images as a tensor or array, received {type(x).__name__}: stack the images first, or pass their loader to `data_stats`.')
-    if isinstance(x, np.ndarray): x = _plain_array(x)
-    x = torch.as_tensor(x).detach().as_subclass(Tensor)
+    if not isinstance(x, (Tensor,np.ndarray)): _refuse(type(x).__name__, 'a batch of images as a tensor or array',
+        'stack the images first, or pass their loader to `data_stats`.')
+    x = _plain_tensor(x if isinstance(x, Tensor) else torch.from_numpy(_plain_array(x)))
     if not 2<=x.ndim<=5 or not -x.ndim<=dim<x.ndim or dim%x.ndim==0: raise ValueError(
         f'ChannelStats.of takes a batch [N,C,...] of 2 to 5 axes, images on axis 0 and channels on axis dim={dim}; received shape {tuple(x.shape)}. '
         'For one image pass `x[None]`; for channels last `dim=-1`.')
-    if x.dtype==torch.bool or x.is_complex(): raise ValueError(f'ChannelStats.of takes float or integer pixels, received {x.dtype}: convert them, e.g. `x.float()`.')
     if x.device.type=='mps': x = x.cpu() # mps has no float64
     x = x.movedim(dim, 1)
     return x[...,None] if x.ndim==2 else x.flatten(2)
@@ -62,7 +76,8 @@ def _moments(x):
 # %% ../nbs/00_stats.ipynb #80922563
 def _cpu_moments(x):
     "`_moments` for a batch on the CPU"
-    x = (x.float() if x.dtype==torch.bfloat16 else x).numpy()
+    known = not x.is_floating_point() or x.dtype in (torch.float16,torch.float32,torch.float64)
+    x = (x if known else x.float()).numpy()
     u8,scaled,(N,C,P) = x.dtype==np.uint8,x.dtype.kind=='f',x.shape
     runs = -(-P//256)
     size,res = max(1, 2**10//(C*runs)),[]
@@ -162,12 +177,15 @@ def __repr__(self:ChannelStats):
     return '\n'.join([f'ChannelStats: {len(self):,} images, {c} channels'] + [row(k) for k in rows if c])
 
 # %% ../nbs/00_stats.ipynb #35cf8afd
+def _shifted(gram, by):
+    "The rows of `gram`, sums of the powers 0, 1 and 2 of `x`, for `x+by`; an overflow stays in the rows that it belongs to"
+    (zero,one,two),by = gram.unbind(-2),by[:,None]
+    return torch.stack([zero, one+by*zero, two+2*by*one+by**2*zero], -2)
+
 def _recentre(s, mean):
     "The state's sums about another `mean`"
     by = s['mean']-mean
-    T = torch.eye(3, dtype=by.dtype, device=by.device).repeat(len(by), 1, 1)
-    T[:,1,0],T[:,2,0],T[:,2,1] = by,by**2,2*by
-    return s['dev']+s['pixels']*by**2,T@s['gram']@T.mT
+    return s['dev']+s['pixels']*by**2,_shifted(_shifted(s['gram'], by).mT, by)
 
 @patch
 def __add__(self:ChannelStats, o:ChannelStats):
@@ -176,7 +194,9 @@ def __add__(self:ChannelStats, o:ChannelStats):
     if not len(a['mean']) or not len(b['mean']): return o if len(b['mean']) else self
     if len(a['mean'])!=len(b['mean']): raise ValueError(
         f"Statistics of {len(a['mean'])} and of {len(b['mean'])} channels do not add up: give all batches the same number of channels, or check `dim`.")
-    mean = a['mean'] + (b['mean']-a['mean'])*b['pixels']/(a['pixels']+b['pixels']).clamp(min=1)
+    share = b['pixels']/(a['pixels']+b['pixels']).clamp(min=1)
+    mean = a['mean'] + (b['mean']-a['mean'])*share
+    mean = mean.where(mean.isfinite(), a['mean']*(1-share)+b['mean']*share) # the difference overflowed
     res = {k:a[k]+b[k] for k in ('pixels','nonfinite','images','within')}
     res['dev'],res['gram'] = (p+q for p,q in zip(_recentre(a, mean), _recentre(b, mean)))
     res = _capped(dict(res, mean=mean, min=torch.minimum(a['min'], b['min']), max=torch.maximum(a['max'], b['max'])))
@@ -203,8 +223,8 @@ def affine(self:ChannelStats,
     "Statistics of `(x-mean)/std`"
     s,(m,sd) = self._s,_constants(self._s, mean, std)
     scale = sd.expand(len(s['mean']))[:,None]**-torch.arange(3., dtype=torch.float64, device=sd.device)
-    return ChannelStats(len(self), dict(s, dev=s['dev']/sd**2, within=s['within']/sd, gram=s['gram']*scale[:,:,None]*scale[:,None],
-        **{k:(s[k]-m)/sd for k in ('min','max')}, mean=((s['mean']-m)/sd).where(s['pixels']>0, 0.)))
+    return ChannelStats(len(self), _capped(dict(s, dev=s['dev']/sd**2, within=s['within']/sd, gram=s['gram']*scale[:,:,None]*scale[:,None],
+        **{k:(s[k]-m)/sd for k in ('min','max')}, mean=((s['mean']-m)/sd).where(s['pixels']>0, 0.))))
 
 @patch
 def inverse(self:ChannelStats,
@@ -227,8 +247,14 @@ def from_dict(cls:ChannelStats,
     d:dict # As `to_dict` makes it
 )->ChannelStats:
     "What `to_dict` wrote"
-    if lost := (_zeros(0).keys()|{'items'})-d.keys(): raise ValueError(f'from_dict takes what `ChannelStats.to_dict` wrote; missing {", ".join(sorted(lost))}, received the keys {list(d)}.')
-    s = {k:torch.tensor(d[k], dtype=torch.float64) for k in _zeros(0)}
+    def refuse(what): raise ValueError(f'from_dict takes what `ChannelStats.to_dict` wrote; {what}.') from None
+    if not isinstance(d, Mapping): refuse(f'received {_quote(d)}')
+    if lost := (_zeros(0).keys()|{'items'})-d.keys(): refuse(f'missing {", ".join(sorted(lost))}, received the keys {_quote(list(d))}')
+    try: s = {k:torch.tensor(d[k], dtype=torch.float64) for k in _zeros(0)}
+    except (TypeError,ValueError,OverflowError,RuntimeError) as e: refuse(f'its numbers cannot be read ({str(e)[:200]})')
+    c,items = s['mean'].numel(),d['items']
+    if any(v.numel()!=c*(9 if k=='gram' else 1) or v.ndim not in (1,3) for k,v in s.items()): refuse('its lists differ in length')
+    if isinstance(items, bool) or not isinstance(items, int) or items<0: refuse(f'`items` is {_quote(items)}')
     s['gram'] = s['gram'].view(-1, 3, 3)
     for k,v in (('min',torch.inf),('max',-torch.inf)): s[k] = s[k].masked_fill(s['pixels']==0, v)
     return cls(d['items'], s)
@@ -241,7 +267,10 @@ def from_json(cls:ChannelStats,
     text:str # As `to_json` makes it
 )->ChannelStats:
     "What `to_json` wrote"
-    return cls.from_dict(json.loads(text))
+    try: d = json.loads(text)
+    except (TypeError,ValueError,RecursionError): raise ValueError(
+        f'from_json takes what `ChannelStats.to_json` wrote, received {_quote(text)}') from None
+    return cls.from_dict(d)
 
 @patch
 def all_reduce(self:ChannelStats)->ChannelStats:
@@ -455,7 +484,7 @@ def _source(data, order, partly, raw, mode, n_items, broken, deep=None, executor
     if executor is None and isinstance(data, DataLoader): return _fastai_source(data, order, raw)
     if executor is None and isinstance(data, TorchDL): return _torch_source(data, order, partly)
     if _holds_files(data):
-        fs = order(_files(data))
+        fs = order(_files(data, broken))
         batches = _file_stats(fs, mode, n_items, broken, [] if deep is None else deep, executor, [] if lost is None else lost)
         return batches,min(len(fs), n_items or len(fs))/64,True
     if executor is not None: raise ValueError(f'`executor` reads image files, and these are batches of a {type(data).__name__}: '
@@ -483,9 +512,9 @@ def _say(broken, n, short, margin, tol, n_items, deep=None, lost=()):
     "One warning for what a reader of the statistics should know; `deep`: `DeepFiles` or None"
     msgs = []
     if broken: msgs.append(f'{len(broken)} of {len(broken)+n} image files could not be read and were left out: '
-        + ', '.join(f'{Path(f).name} ({type(e).__name__})' for f,e in broken[:10]) + (', ...' if len(broken)>10 else '') + '.')
+        + ', '.join(f'{_printable(str(f))} ({type(e).__name__})' for f,e in broken[:10]) + (', ...' if len(broken)>10 else '') + '.')
     if lost: msgs.append(f'{len(lost)} image files were left out, since the workers that read them were lost twice: '
-        + ', '.join(Path(f).name for f,_ in lost[:64]) + (', ...' if len(lost)>64 else '')
+        + ', '.join(_printable(str(f)) for f,_ in lost[:64]) + (', ...' if len(lost)>64 else '')
         + f' ({type(lost[-1][1]).__name__}: {lost[-1][1]}).')
     if short=='order': msgs.append(f'Stopped after {n} images, in the order in which the data came: the margin tol={tol} holds only if that order is random. '
         'Shuffle the data first, or pass a loader with a dataset that can be indexed.')
@@ -523,7 +552,7 @@ def data_stats(
                 look = len(res)*_look
             if last: stop = 'n_items'; break
         if progress and bar.last_v is not None: bar.on_iter_end()
-    if not len(res): raise ValueError(f'data_stats could read none of the {len(broken)} image files; {Path(broken[0][0]).name}: {broken[0][1]}' if broken else
+    if not len(res): raise ValueError(f'data_stats could read none of the {len(broken)} image files; {str(broken[0][0])!r}: {broken[0][1]}' if broken else
                                       'data_stats found no images: the data are empty. Pass at least one batch.')
     short = 'order' if stop=='tol' and not random else 'n_items' if stop=='n_items' and tol else None
     found = _measure(deep, len(res), mode) if deep else None if _holds_files(data) else deep_behind(_first_loader(data))

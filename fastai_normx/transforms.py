@@ -6,7 +6,9 @@
 __all__ = ['known', 'Pixels', 'know', 'is_transform', 'read_chain', 'chain_map']
 
 # %% ../nbs/01a_transforms.ipynb #e1ff1d2f
+from collections.abc import Mapping,Set
 from dataclasses import dataclass,replace
+from itertools import islice
 from math import isclose,isfinite
 from types import FunctionType
 
@@ -19,12 +21,19 @@ def _quote(o, n=160):
     except Exception: text = f'a {type(o).__name__}'
     return text if len(text)<=n else text[:n]+' ...'
 
+def _printable(text):
+    "`text` with what a terminal would obey, or cannot write, as an escape"
+    return ''.join(c if c.isprintable() or c=='\n' else repr(c)[1:-1] for c in text)
+
+_most = 10000 # Channels; whatever holds more numbers states no constants, and may have no end
+
 def _numbers(o, depth=0):
     "The numbers in `o`, whose axes have length 1 but for one"
     if hasattr(o, 'tolist'): o = o.tolist()
-    if isinstance(o, (bool,str,bytes,dict,set,frozenset)) or depth>8: raise TypeError
+    if isinstance(o, (bool,str,bytes,bytearray,Mapping,Set)) or depth>8: raise TypeError
     if not hasattr(o, '__iter__'): return [float(o)]
-    parts = [_numbers(p, depth+1) for p in o]
+    parts = [_numbers(p, depth+1) for p in islice(o, _most+1)]
+    if len(parts)>_most: raise TypeError
     if len(parts)>1 and any(len(p)!=1 for p in parts): raise TypeError
     return sum(parts, [])
 

@@ -1,5 +1,14 @@
-import warnings
+import os, warnings
 import pytest
+
+
+def pytest_addoption(parser): parser.addoption('--runslow', action='store_true', help='run the tests marked `slow` too')
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption('--runslow') or os.environ.get('RUNSLOW', '0') != '0': return
+    for item in items:
+        if item.get_closest_marker('slow'): item.add_marker(pytest.mark.skip(reason='long draw: `pytest --runslow`'))
 
 
 @pytest.fixture

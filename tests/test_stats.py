@@ -285,7 +285,7 @@ def test_broken_files_are_named_and_counted(folder):
         warnings.simplefilter('ignore')
         assert len(data_stats(path, n_items=30, progress=False)) == 30
         assert len(data_stats(path, n_items=70, progress=False)) == 70
-    with pytest.raises(ValueError, match='none of the 1 image files; empty.jpg'): data_stats([path/'0'/'empty.jpg'], progress=False)
+    with pytest.raises(ValueError, match='none of the 1 image files; .*empty.jpg'): data_stats([path/'0'/'empty.jpg'], progress=False)
     with pytest.raises(ValueError, match='`mode`'): data_stats(path, mode='F', progress=False)
     with pytest.raises(ValueError, match='`mode`'): data_stats(path, mode='XYZ', progress=False)
 
@@ -559,7 +559,7 @@ def test_one_colour_and_empty_files(tmp_path):
         s = data_stats(tmp_path, progress=False)
         assert s.within_std.tolist() == [0]*3 and max(s.sem.max(), s.std_sem.max(), s.std.max()) < 1e-15
     (tmp_path/'c.png').touch()
-    with pytest.warns(DataStatsWarning, match=r'1 of 3 image files could not be read .* c.png \(UnidentifiedImageError\)'): assert data_stats(tmp_path, progress=False) == s
+    with pytest.warns(DataStatsWarning, match=r'1 of 3 image files could not be read .*/c.png \(UnidentifiedImageError\)'): assert data_stats(tmp_path, progress=False) == s
 
 
 @pytest.mark.filterwarnings('error')
@@ -585,7 +585,7 @@ def test_pipes_do_not_hang_and_broken_links_are_reported(folder):
     t.join(60)
     check(heard[0], chw(ims))
     assert len(heard) == 2 and '2 of 72 image files could not be read' in heard[1] and 'pipe.png (OSError)' in heard[1] and 'gone.png (FileNotFoundError)' in heard[1]
-    with pytest.raises(ValueError, match='none of the 1 image files; pipe.png: .* not a regular file'): data_stats([path/'pipe.png'], progress=False)
+    with pytest.raises(ValueError, match='none of the 1 image files; .*pipe.png.: not a regular file'): data_stats([path/'pipe.png'], progress=False)
 
 
 @pytest.fixture
