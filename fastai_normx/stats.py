@@ -6,7 +6,7 @@
 __all__ = ['DataStatsWarning', 'ChannelStats', 'data_stats']
 
 # %% ../nbs/00_stats.ipynb #fde9ee19
-import dataclasses,json,math,pickle,uuid
+import dataclasses,json,math,uuid
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import BrokenExecutor,Executor,ProcessPoolExecutor,ThreadPoolExecutor
@@ -333,8 +333,8 @@ def _histogram(f, mode):
 # %% ../nbs/00_stats.ipynb #6473dc11
 def _sendable(e):
     "The error `e`, or one that says the same and can be sent to another process"
-    try: return pickle.loads(pickle.dumps(e))
-    except Exception: return OSError(f'{type(e).__name__}: {e}')
+    known = type(e).__module__.partition('.')[0] in ('builtins','PIL') and all(isinstance(o, (str,int)) for o in e.args)
+    return e.with_traceback(None) if known else OSError(f'{type(e).__name__}: {e}')
 
 def _read_part(files, mode, run):
     "What a worker reads: `(ChannelStats as a dict, [(file, error)], [deep files])`; `run` is for executors that remember results"
@@ -514,7 +514,7 @@ def _say(broken, n, short, margin, tol, n_items, deep=None, lost=()):
     if broken: msgs.append(f'{len(broken)} of {len(broken)+n} image files could not be read and were left out: '
         + ', '.join(f'{_printable(str(f))} ({type(e).__name__})' for f,e in broken[:10]) + (', ...' if len(broken)>10 else '') + '.')
     if lost: msgs.append(f'{len(lost)} image files were left out, since the workers that read them were lost twice: '
-        + ', '.join(_printable(str(f)) for f,_ in lost[:64]) + (', ...' if len(lost)>64 else '')
+        + ', '.join(_printable(str(Path(f))) for f,_ in lost[:64]) + (', ...' if len(lost)>64 else '')
         + f' ({type(lost[-1][1]).__name__}: {lost[-1][1]}).')
     if short=='order': msgs.append(f'Stopped after {n} images, in the order in which the data came: the margin tol={tol} holds only if that order is random. '
         'Shuffle the data first, or pass a loader with a dataset that can be indexed.')
