@@ -20,7 +20,7 @@ def readme():
     cells = [c for c in nb.cells if not re.search(r'^#\|\s*hide', c.source, re.M)]
     nb = from_dict(dict(nbformat=4, nbformat_minor=5, metadata={'language_info': {'name': 'python'}}, cells=[visible(c) for c in cells]))
     body = MarkdownExporter().from_notebook_node(nb)[0]
-    body = re.sub(r'\]\(([\w/]+\.(?:ipynb|png))\)', r'](nbs/\1)', body)
+    body = re.sub(r'\]\(([\w/]+\.(?:ipynb|png)(?:#[\w-]+)?)\)', r'](nbs/\1)', body)
     return '<!-- Made from nbs/index.ipynb by .ci/readme.py: edit that -->\n\n' + re.sub(r'\n{3,}', '\n\n', body).strip() + '\n'
 
 def picture(notebook):
