@@ -37,7 +37,8 @@ def exact(images):
     def error(e): return root(sum(q*q for q in e)*k/(k-1)/n**2) if k > 1 else math.inf
     by_std = [sum((v-mean)**2-var for v in p) for p in ps]
     std_sem = root(Fraction(sum(q*q for q in by_std)*k, (k-1)*n*n*4)/var) if k > 1 and var else error([0]*k)
-    return dict(mean=float(mean), std=root(var), within_std=sum(map(root, within))/k, sem=error([sum(v-mean for v in p) for p in ps]), std_sem=std_sem,
+    return dict(mean=float(mean), std=root(var), within_std=sum(map(root, within))/k, sem=error([sum(v-mean for v in p) for p in ps]),
+        std_sem=std_sem,
                 min=float(min(map(min, ps))), max=float(max(map(max, ps))), count=n, nonfinite=bad)
 
 
@@ -54,6 +55,7 @@ def check(s, images, rtol=1e-9, at=1e-13):
     for f in fields:
         got = getattr(s, f).item()
         if got == want[f]: continue
+        if f in ('min', 'max') and abs(got-want[f]) <= 2**-51*abs(want[f]): continue  # integers beyond 2**53 are no floats
         assert f not in ('min', 'max', 'count', 'nonfinite') and not math.isnan(got), (f, got, want[f])
         if math.isinf(got):  # fourth powers are summed for the error of the standard deviation
             assert f != 'mean' and scale > (1e75 if f == 'std_sem' else 1e150), (f, got, want[f])
@@ -93,7 +95,8 @@ def any_magnitude(seed):
     x = spread(rng)
     a = np.array(x)[:, None]
     merged = in_any_order(rng, [of_one_channel([im]) for im in x])
-    for s in (of_one_channel(x), merged, ChannelStats.of(a[::-1, :, ::-1]), ChannelStats.from_json(merged.to_json()), sum([of_one_channel([im]) for im in x])): check(s, x)
+    for s in (of_one_channel(x), merged, ChannelStats.of(a[::-1, :, ::-1]), ChannelStats.from_json(merged.to_json()),
+        sum([of_one_channel([im]) for im in x])): check(s, x)
     for s in (merged.affine(1e200, 1e-200), merged.affine(-3, 1e200), merged.inverse(.5, .25)):
         for f in ('std', 'within_std', 'sem', 'std_sem'): assert merged.count.item() == 0 or not getattr(s, f).isnan().any(), f
 
@@ -118,7 +121,8 @@ test_any_floats = calm(max_examples=200)(given(lists, st.randoms(use_true_random
 test_many_floats = pytest.mark.slow(calm(max_examples=10000)(given(lists, st.randoms(use_true_random=False))(any_floats)))
 
 
-kinds = [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64, np.float16, np.float32, np.float64, np.longdouble, '>f4', '>i2']
+kinds = [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64, np.float16, np.float32, np.float64,
+    np.longdouble, '>f4', '>i2']
 shapes = hn.array_shapes(min_dims=2, max_dims=5, min_side=0, max_side=4)
 
 
@@ -141,7 +145,8 @@ def layout(rng, x):
 def any_array(data, rng):
     dtype = np.dtype(data.draw(st.sampled_from(kinds)))
     shape = data.draw(shapes)
-    if dtype.kind == 'f': x = data.draw(hn.arrays(np.float64, shape, elements=st.floats(-1e4, 1e4, width=16) | st.sampled_from([math.nan, math.inf]))).astype(dtype)
+    if dtype.kind == 'f': x = data.draw(hn.arrays(np.float64, shape, elements=st.floats(-1e4, 1e4,
+        width=16) | st.sampled_from([math.nan, math.inf]))).astype(dtype)
     else: x = data.draw(hn.arrays(dtype, shape))
     dim = rng.randrange(1, x.ndim)
     with warnings.catch_warnings():
@@ -188,7 +193,8 @@ def test_a_thousand_million_images():
 
 def test_opposite_numbers_at_the_end_of_the_range():
     a, b = ChannelStats.of(np.full((1, 1, 2), 1.7e308)), ChannelStats.of(np.full((3, 1, 2), -1.7e308))
-    for s in (a+b, b+a, sum([a, b]), a+ChannelStats()+b): assert s.mean.item() == pytest.approx(-.85e308) and s.std.item() == math.inf and s.sem.item() == math.inf
+    for s in (a+b, b+a, sum([a, b]),
+        a+ChannelStats()+b): assert s.mean.item() == pytest.approx(-.85e308) and s.std.item() == math.inf and s.sem.item() == math.inf
     assert (a+b).min.item() == -1.7e308 and not (a+b).margin().isnan().any()
 
 
@@ -212,9 +218,14 @@ def test_tensors_that_numpy_does_not_know():
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('make,msg', [
-    (lambda x: x.to_sparse(), 'to_dense'), (lambda x: x[0, 0].to_sparse_csr(), 'to_dense'), (lambda x: x.to('meta'), 'received a tensor without data'), (lambda x: torch.nested.nested_tensor([x[0], x[0, :, :2]]), 'to_padded_tensor'),
-    (lambda x: torch.quantize_per_tensor(x, .1, 0, torch.quint8), 'dequantize'), (lambda x: np.ma.masked_less(x.numpy(), .5), r'filled\(np.nan\)'), (lambda x: x.numpy().astype(object), 'received object'),
-    (lambda x: x.numpy().astype(str), 'received <U'), (lambda x: np.zeros((2, 3), 'M8[s]'), 'received datetime64'), (lambda x: x > .5, 'received torch.bool'), (lambda x: x+1j, 'received torch.complex64'), (lambda x: x.tolist(), 'received list'), (lambda x: None, 'received NoneType'),
+    (lambda x: x.to_sparse(), 'to_dense'), (lambda x: x[0, 0].to_sparse_csr(), 'to_dense'),
+    (lambda x: x.to('meta'), 'received a tensor without data'), (lambda x: torch.nested.nested_tensor([x[0], x[0, :, :2]]),
+    'to_padded_tensor'),
+    (lambda x: torch.quantize_per_tensor(x, .1, 0, torch.quint8), 'dequantize'), (lambda x: np.ma.masked_less(x.numpy(), .5),
+    r'filled\(np.nan\)'), (lambda x: x.numpy().astype(object), 'received object'),
+    (lambda x: x.numpy().astype(str), 'received <U'), (lambda x: np.zeros((2, 3), 'M8[s]'), 'received datetime64'),
+    (lambda x: x > .5, 'received torch.bool'), (lambda x: x+1j, 'received torch.complex64'), (lambda x: x.tolist(), 'received list'),
+    (lambda x: None, 'received NoneType'),
 ])
 def test_what_are_no_pixels(make, msg):
     with pytest.raises(ValueError, match=f'ChannelStats.of takes .*{msg}'): ChannelStats.of(make(torch.rand(2, 3, 4, 5)))
@@ -223,7 +234,8 @@ def test_what_are_no_pixels(make, msg):
 good = ChannelStats.of(np.random.default_rng(0).random((2, 3, 4))).to_dict()
 
 
-@pytest.mark.parametrize('d', [{}, [], None, 3, 'text', dict(items=3), *[good | {k: v} for k, v in dict(items='a', mean='a', gram=[1], pixels=None, min=[[1]]*3, dev=[1], within=[{}]*3, max=3, images=[1, 2, 10**400]).items()],
+@pytest.mark.parametrize('d', [{}, [], None, 3, 'text', dict(items=3), *[good | {k: v} for k,
+    v in dict(items='a', mean='a', gram=[1], pixels=None, min=[[1]]*3, dev=[1], within=[{}]*3, max=3, images=[1, 2, 10**400]).items()],
     good | dict(items=-1), good | dict(items=True), good | dict(items=2.5), good | dict(mean=[])], ids=lambda d: str(d)[:40])
 def test_what_to_dict_did_not_write(d):
     with pytest.raises(ValueError, match='from_dict takes what `ChannelStats.to_dict` wrote'): ChannelStats.from_dict(d)
