@@ -137,7 +137,9 @@ def mend(e, A, case):
     E,said = case.expected,e.said
     normal = f'`transforms.Normalize({numbers(E.mean)}, {numbers(E.std)})`, once, after `transforms.ToTensor()`'
     if not any(E.mean) and all(s==1 for s in E.std): normal = 'leave out the one before the model: it takes pixels in [0,1]'
-    if not case.dls or not said.mendable: return Mend(normal)
+    if not case.dls or not said.mendable:
+        if not A.bits: return Mend(normal)
+        return Mend(f'divide the pixels by {2**A.bits[0]-1}, the greatest value of {A.bits[0]} bits, then `transforms.Normalize({numbers(E.mean)}, {numbers(E.std)})`')
     top = _range_in(said, A)
     if top:
         div = dict(div=top) if top!=(said.div or 1) else {}

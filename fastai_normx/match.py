@@ -24,7 +24,7 @@ from fastai.learner import Learner
 from fastai.torch_core import no_random,rank_distrib
 from .constants import as_code
 from .evidence import examine_all
-from .expected import NormStats,_behind,_from_inside,_stated,expected_stats
+from .expected import NormStats,_behind,_channels,_from_inside,_stated,expected_stats
 from .harm import absorbs,norm_kind
 from .infer import infer_normalization
 from .inside import inside,random_weights
@@ -68,7 +68,8 @@ def _case(
         if not found or not found.map: raise
         backbone = _from_inside(found)
     if channels: backbone = backbone.spread(channels)
-    layers = next((o for o in (net, expected, getattr(expected, 'model', None)) if isinstance(o, nn.Module)), None) or _outline(backbone)
+    layers = next((o for o in (net, expected, getattr(expected, 'model', None)) if isinstance(o, nn.Module)), None)
+    if layers is None: layers = _outline(backbone)
     kwargs |= dict(norm=norm_kind(layers), absorbs=absorbs(layers, bn_freeze))
     if not found or not found.map or found.map.n_in!=backbone.n_in: return Case(backbone, found, **kwargs)
     return Case(_behind(backbone, found), found, backbone, **kwargs)
@@ -187,7 +188,11 @@ def _random(learn):
 def _code(expected, E):
     "What to write in code for the backbone `expected`, whose constants are `E`; None: the learner itself"
     if expected is None: return 'learn'
-    return repr(expected) if isinstance(expected, str) else as_code(E)
+    return repr(expected) if isinstance(expected, str) and E.n_in>1 else as_code(E) # a name stands for three channels
+
+def _or_grey(n_in, model):
+    "`n_in`, or 1 if the caller does not say and the model takes grey images"
+    return 1 if n_in is None and _channels(model)==1 else n_in
 
 def _freezes_bn(learn): return learn is not None and any(isinstance(cb, BnFreeze) for cb in learn.cbs)
 
@@ -220,6 +225,7 @@ def stats_match(
     learn = data if isinstance(data, Learner) else None
     dls = learn.dls if learn else data if isinstance(data, DataLoaders) else None
     if learn and model is None: model = learn.model
+    n_in = _or_grey(n_in, model)
     if expected is None and learn: expected = _learned(learn)
     source = next((o for o in (expected,learn,model) if o is not None), None)
     if source is None: raise ValueError(f'stats_match needs to know the backbone: a {type(data).__name__} does not say. '
@@ -247,7 +253,8 @@ def _check_seen(sets):
                                   'Pass it data.')
     blank = [k for k,(view,_) in sets.items() if not len(view)]
     if blank: raise ValueError(f'stats_match found no images in {", ".join(blank)}: expected float or 8-bit batches [N,C,H,W] or '
-                               '[N,C,T,H,W]. For one image pass `x[None]`.')
+                               '[N,C,T,H,W]. For one image pass `x[None]`; divide integers of more than 8 bits by the greatest value '
+                               'that they can have, 4095 for 12 bits.')
 
 def _look(data, source, n_items, dim, n_in):
     "`({set: (InputView, Testimony)}, (images, arguments of the model) of the first batch)`"
@@ -404,7 +411,7 @@ def _start(self:StatsMatch, x, spread):
     if spread: self._note(f'StatsMatch does not see whether this {type(learn.model).__name__} normalizes inside: '
         'its weights or inputs are spread over processes (FSDP, DTensor), and it is not run only to look.')
     net = None if spread else learn.model
-    case = _case(learn if asked is None else asked, net, x, (tuple(learn.xb),{}), self.n_in, self.axis,
+    case = _case(learn if asked is None else asked, net, x, (tuple(learn.xb),{}), _or_grey(self.n_in, learn.model), self.axis,
                  x.shape[self.axis], _freezes_bn(learn))
     with _plain_loaders(learn):
         case = _named(case, asked, learn.dls, 'learn.dls')
@@ -417,7 +424,7 @@ def _see(self:StatsMatch):
     "Add the images among the inputs of the model to what was seen"
     view = self._views[self.training]
     if view.settled: return
-    given = pick(self.learn.xb, self._case.expected.n_in if self._case else self.n_in or 3, self.axis)
+    given = pick(self.learn.xb, self._case.expected.n_in if self._case else _or_grey(self.n_in, self.learn.model) or 3, self.axis)
     if given is None: return self._no_images()
     x = local_part(given, self.axis)
     if x is None: return self._in_parts()
@@ -449,7 +456,7 @@ def _put_right(self:StatsMatch):
 
 @patch
 def _put_right_on(self:StatsMatch, learn):
-    try: want,now = expected_stats(learn if self.backbone is None else self.backbone, self.n_in),read_applied(learn)[0]
+    try: want,now = expected_stats(learn if self.backbone is None else self.backbone, _or_grey(self.n_in, learn.model)),read_applied(learn)[0]
     except ValueError: return # a pipeline or a backbone that cannot be read: the batches will tell
     want = want.spread(now.n_in)
     if want.same(now) or not all(_can_mend(dl, want, learn) for dl in learn.dls.loaders): return

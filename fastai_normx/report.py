@@ -138,7 +138,8 @@ def __str__(self:MatchReport):
     def fill(label, text):
         indent = '  ' if label in ('fix','details') else ''
         whole = dict(initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-        return textwrap.fill(f'{label}: {text}' if label else text, 84, **whole)
+        words,*code = (f'{label}: {text}' if label else text).split('\n')
+        return '\n'.join([textwrap.fill(words, 84, **whole), *(indent+line for line in code)]) # code keeps its lines
     head = self.outcome + (f': {self.kind}' if self.kind else '') + f' ({self.n_images} images, {who_says(self.expected)})'
     res = [head]
     for label,text in _paragraphs(self): res += ([] if label in ('fix','details') else ['']) + [fill(label, text)]
