@@ -116,19 +116,19 @@ def _keeps_its_statistics(m, bn_freeze):
 def absorbs(
     model, # An `nn.Module`
     bn_freeze=False # Does fastai's `BnFreeze` keep those BatchNorm layers in eval mode that are not trained?
-)->str: # '' without a model
+)->str: # '' without a model, and for group or instance normalization, which was not measured
     "One sentence: what the normalization layers of `model` do about wrong constants"
     if not isinstance(model, nn.Module): return ''
+    if any('InstanceNorm' in type(m).__name__ or 'GroupNorm' in type(m).__name__ for m in model.modules()): return '' # not measured
     layers = norm_layers(model)
     batch,other = layers.get('BatchNorm', []),layers.get('LayerNorm', [])
-    free = [m for m in batch if not _keeps_its_statistics(m, bn_freeze)]
+    kept = [m for m in batch if _keeps_its_statistics(m, bn_freeze)]
     def said(n, kind): return f'{n} {kind} layer' + 's'*(n!=1)
-    if free:
-        rest = f'; its {said(len(other), "LayerNorm")} never do' if other else ''
-        return (f'While it trains, its {said(len(free), "BatchNorm")} absorb most of this, by the statistics of each batch{rest}; '
-                'predictions, by running statistics, absorb nothing.')
-    if batch: return f'Its {said(len(batch), "BatchNorm")} are frozen: nothing absorbs this, in training or in predictions.'
-    if other: return f'Its {said(len(other), "LayerNorm")} do not absorb this, in training or in predictions.'
+    if batch and batch[0] not in kept:
+        return (f'While it trains, its {said(len(batch), "BatchNorm")} absorb most of this, by the statistics of each batch; '
+                'predictions before it has trained absorb nothing.')
+    if batch: return f'{len(kept)} of its {said(len(batch), "BatchNorm")} are frozen, the first among them: nothing there absorbs this.'
+    if other: return f'Its {said(len(other), "LayerNorm")} take no statistics from the batch: training absorbs none of this as BatchNorm would.'
     return 'It has no BatchNorm layers that could absorb this while it trains.'
 
 # %% ../nbs/03f_harm.ipynb #40d45546

@@ -32,7 +32,8 @@ class Case:
     model:nn.Module=None # Measures what a fault costs; None: it is estimated
     learned:NormStats=None # What the learner has trained with; None: nothing, as far as is known
     training:bool=False # Is it training now, so that it may learn other constants?
-    new:bool=False # Is the model in a learner that may still be trained?
+    new:bool=False # Is the model in a learner that has not trained, so that its head may be random?
+    assumed:bool=False # Is `learned` read off the pipeline that it has now, with no note of its training?
     norm:str=None # Kind of the model's normalization layers, from `norm_kind`; None: not known, or none
     absorbs:str='' # What they do about wrong constants, as a sentence; '': not known
 
@@ -169,7 +170,7 @@ def _fault(name, e, case):
     if A.bits: kind = 'wrong_range'
     share,measured = harm(E, A.map, case.norm),_measure(case, e.view, A)
     m = mend(e, A, case)
-    message = ' '.join(filter(None, (_cause(kind, what, A, case), cost_text(E, A.map, case.norm, measured))))
+    message = ' '.join(filter(None, (_cause(kind, what, A, case), cost_text(E, A.map, case.norm, {} if case.new else measured))))
     details = f'{who_says(E)} expects {constants_text(E)}. Applied: {constants_text(A.map)}, {A}.'
     return Finding(kind, 'error', message, m.text, share, m.code, m.args, details, (name,)),measured
 
@@ -189,9 +190,11 @@ def _after_training(name, e, case):
 def _keep(name, A, case):
     "What to say of constants that are not the backbone's, and that the weights have learned"
     E = case.expected
-    message = (f'This learner has trained with {in_words(case.learned)}, and its weights have learned those. '
+    unless = ', unless its loaders were exchanged since,' if case.assumed else ','
+    message = (f'This learner has trained with {in_words(case.learned)}{unless} and its weights have learned those. '
                f'Before training, {who(E)} expected {in_words(E)}.')
-    fix = 'keep them in this model, and ship them: `applied_stats(learn).save(path)`. In the next one, `normalize_for` before training.'
+    fix = (f'keep them, {in_words(case.learned)}, in this model, and ship them: `applied_stats(learn).save(path)`. '
+           'In the next one, `normalize_for` before training.')
     details = f'{who_says(E)} expects {constants_text(E)}. Applied: {constants_text(A.map)}, {A}.'
     return Finding(mistake(A.map, E)[0], 'warning', message, fix, harm(E, A.map, case.norm), details=details, sets=(name,))
 
@@ -370,4 +373,4 @@ def _report(found, evidence, case, measured):
     absorbs = case.absorbs if any(f.kind in _by_constants and f.severity=='error' for f in found) else ''
     return MatchReport(outcome, found, case.expected, applied, view.stats, raw, measured, reason, absorbs, views=views)
 
-_by_constants = 'not_normalized','normalized_twice','wrong_stats','wrong_range','split_mismatch','in_model'
+_by_constants = 'not_normalized','normalized_twice','wrong_stats','split_mismatch','in_model'

@@ -202,7 +202,8 @@ def _with_history(case, learn, training=False):
     if learned is None: return dataclasses.replace(case, new=True, training=training)
     if learned.n_in!=case.expected.n_in: return case
     pixels = dict(ref_mean=case.expected.ref_mean, ref_std=case.expected.ref_std)
-    return dataclasses.replace(case, learned=dataclasses.replace(learned, **pixels), training=training)
+    assumed = not getattr(learn, 'norm_trained', None)
+    return dataclasses.replace(case, learned=dataclasses.replace(learned, **pixels), training=training, assumed=assumed)
 
 def _named(case, asked, dls, name):
     "`case` with the names of the caller's code: `name` is what holds the loaders `dls`"
