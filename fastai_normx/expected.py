@@ -55,7 +55,7 @@ class NormStats(Affine):
         if any(s<=0 for s in self.std): raise ValueError(f'`std` divides the pixels, so it must be greater than 0: received '
             f'{_quote(self.std)}. For a channel that never changes use 1.')
         if min(self.std)<_least or max(map(abs, self.mean+self.std))>1/_least: raise ValueError(
-            f'float32 cannot hold these constants, so pixels would become inf: received {_quote(self.mean)} and {_quote(self.std)}')
+            f'float32 cannot hold these constants, so pixels would become inf: received mean {_quote(self.mean)} and std {_quote(self.std)}')
 
     def _check_words(self):
         ok = isinstance(self.source, str) and isinstance(self.uniform, bool) and isinstance(self.notes, (tuple,list))

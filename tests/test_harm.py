@@ -87,10 +87,13 @@ def test_what_normalization_layers_absorb():
     from torchvision.ops import FrozenBatchNorm2d
     bn, ln = nn.BatchNorm2d(3), nn.LayerNorm(3)
     assert absorbs(nn.Sequential(bn, nn.BatchNorm1d(4))).startswith('While it trains, its 1 BatchNorm layer absorb')
-    assert 'its 1 LayerNorm layer never' in absorbs(nn.Sequential(bn, ln)) and 'not absorb' in absorbs(ln)
+    assert absorbs(nn.Sequential(bn, ln)) == absorbs(nn.Sequential(bn)) and 'none of this' in absorbs(ln)
+    for m in (nn.GroupNorm(1, 3), nn.InstanceNorm2d(3)): assert absorbs(m) == ''  # which absorb, or not, by their groups
     assert 'frozen' in absorbs(nn.Sequential(FrozenBatchNorm2d(3))) and 'no BatchNorm' in absorbs(nn.Linear(2, 2)) and absorbs(None) == ''
     bn.requires_grad_(False)
     assert 'frozen' not in absorbs(nn.Sequential(bn)) and 'frozen' in absorbs(nn.Sequential(bn), bn_freeze=True)
+    assert 'the first among them' in absorbs(nn.Sequential(bn, nn.BatchNorm2d(3)), bn_freeze=True), 'later layers are too late'
+    assert 'absorb most' in absorbs(nn.Sequential(nn.BatchNorm2d(3), bn), bn_freeze=True)
 
 
 timm = pytest.importorskip('timm')
