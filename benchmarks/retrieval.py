@@ -15,7 +15,7 @@ def corners(files, size):
     return x[..., :size, :size].contiguous(), x[..., -size:, -size:].contiguous()
 
 def features(model, x, f, bs=10):
-    "What `model` without a classifier gives for `f` of uint8 images `x`: float32 `[N,F]`"
+    "What `model` gives for `f` of uint8 images `x`: float32 `[N,F]`"
     with torch.inference_mode(): return torch.cat([model(f(b)) for b in x.split(bs)]).clone()
 
 def nearest(query, gallery):

@@ -64,9 +64,6 @@ def cases(
     return res | {f'mild {i}': c for i, c in enumerate(mild(E), 1)}
 
 
-def answers(model, x, f, bs=10):
-    with torch.inference_mode(): return torch.cat([model(f(b)).argmax(1) for b in x.split(bs)])
-
 def measure(backbone, folder, done, save):
     "Calls `save` with what was measured after each pipeline; those in `done` are not repeated"
     model, res = backbone.load(), dict(done)
@@ -76,7 +73,7 @@ def measure(backbone, folder, done, save):
         def ask(c): return nearest(features(model, x, lambda b: norm(b, *c)), g)
     else:
         x, y = imagenet(folder, backbone)
-        def ask(c): return answers(model, x, lambda b: norm(b, *c))
+        def ask(c): return features(model, x, lambda b: norm(b, *c)).argmax(1)
     for k, c in cases(backbone.expected, Affine(*own(x))).items():
         if k in done and k!='expected': continue
         a = ask(c)

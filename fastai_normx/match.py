@@ -25,7 +25,6 @@ from fastai.torch_core import no_random,rank_distrib
 from .constants import as_code
 from .evidence import examine_all
 from .expected import NormStats,_behind,_channels,_from_inside,_stated,expected_stats
-from .harm import absorbs,norm_kind
 from .infer import infer_normalization
 from .inside import inside,random_weights
 from .judge import Case,judge
@@ -42,25 +41,16 @@ from .warn import warn_user
 _all_ = ['Finding','MatchReport','StatsMatchWarning','infer_normalization']
 
 # %% ../nbs/03_match.ipynb #m4tch002
-def _outline(expected):
-    "The timm model that expects `expected`, without memory for its weights; None: timm does not say so"
-    library,_,name = expected.source.partition(': ')
-    if not library.startswith('timm '): return
-    import timm
-    try:
-        with torch.device('meta'),no_random(): return timm.create_model(name, pretrained=False)
-    except Exception: return # its name is enough for constants, not for a model
-
 def _case(
     expected, # What `expected_stats` takes
     net, # An `nn.Module`, or None: not known
     x=None, inputs=None, # A batch of images, and all arguments of the model
     n_in=None, dim=1,
-    channels=None, # Of the images, for constants that hold for any number of them
-    bn_freeze=False, # Does fastai's `BnFreeze` work on the model?
+    channels=None, # Of the images; None: not known
     **kwargs # Of `Case`
 )->Case:
     "What is to be judged"
+    if channels==1: n_in = _or_grey(n_in, net)
     runs = isinstance(net, nn.Module) and x is not None and x.is_floating_point() and not sharded(net)
     found = inside(net, x, inputs, dim) if runs else None
     try: backbone = _stated(expected, n_in)
@@ -69,8 +59,7 @@ def _case(
         backbone = _from_inside(found)
     if channels: backbone = backbone.spread(channels)
     layers = next((o for o in (net, expected, getattr(expected, 'model', None)) if isinstance(o, nn.Module)), None)
-    if layers is None: layers = _outline(backbone)
-    kwargs |= dict(norm=norm_kind(layers), absorbs=absorbs(layers, bn_freeze))
+    kwargs['network'] = layers
     if not found or not found.map or found.map.n_in!=backbone.n_in: return Case(backbone, found, **kwargs)
     return Case(_behind(backbone, found), found, backbone, **kwargs)
 
@@ -226,7 +215,6 @@ def stats_match(
     learn = data if isinstance(data, Learner) else None
     dls = learn.dls if learn else data if isinstance(data, DataLoaders) else None
     if learn and model is None: model = learn.model
-    n_in = _or_grey(n_in, model)
     if expected is None and learn: expected = _learned(learn)
     source = next((o for o in (expected,learn,model) if o is not None), None)
     if source is None: raise ValueError(f'stats_match needs to know the backbone: a {type(data).__name__} does not say. '
@@ -235,7 +223,7 @@ def stats_match(
     _check_seen(sets)
     channels = next(iter(sets.values()))[0].n_in
     plain = None if model is None or sharded(model) else model
-    case = _case(source, model, *first, n_in, dim, channels, _freezes_bn(learn), model=plain)
+    case = _case(source, model, *first, n_in, dim, channels, bn_freeze=_freezes_bn(learn), model=plain)
     case = _named(case, expected, dls, 'learn.dls' if learn else 'dls')
     asked = learn if expected is None else expected
     if isinstance(asked, Learner): case = _with_history(case, asked)
@@ -402,7 +390,7 @@ def _note(self:StatsMatch, msg):
 # %% ../nbs/03_match.ipynb #47493d21
 @patch
 def _start(self:StatsMatch, x, spread):
-    "Find out what must reach the model, with the first batch of images `x`; False: nothing. `spread` over processes, it takes all to run it"
+    "Find out with the first batch of images `x` what must reach the model, which is not run if `spread` over processes; False: nothing"
     learn,asked = self.learn,self.backbone
     if asked is None and (why := _random(learn)):
         asked = trained_with(learn)
@@ -412,8 +400,8 @@ def _start(self:StatsMatch, x, spread):
     if spread: self._note(f'StatsMatch does not see whether this {type(learn.model).__name__} normalizes inside: '
         'its weights or inputs are spread over processes (FSDP, DTensor), and it is not run only to look.')
     net = None if spread else learn.model
-    case = _case(learn if asked is None else asked, net, x, (tuple(learn.xb),{}), _or_grey(self.n_in, learn.model), self.axis,
-                 x.shape[self.axis], _freezes_bn(learn))
+    case = _case(learn if asked is None else asked, net, x, (tuple(learn.xb),{}), self.n_in, self.axis,
+                 x.shape[self.axis], bn_freeze=_freezes_bn(learn))
     with _plain_loaders(learn):
         case = _named(case, asked, learn.dls, 'learn.dls')
         self._case = _with_history(case, learn, self.training) if asked is None else case
@@ -425,7 +413,7 @@ def _see(self:StatsMatch):
     "Add the images among the inputs of the model to what was seen"
     view = self._views[self.training]
     if view.settled: return
-    given = pick(self.learn.xb, self._case.expected.n_in if self._case else _or_grey(self.n_in, self.learn.model) or 3, self.axis)
+    given = pick(self.learn.xb, self._case.expected.n_in if self._case else self.n_in or 3, self.axis)
     if given is None: return self._no_images()
     x = local_part(given, self.axis)
     if x is None: return self._in_parts()
@@ -445,7 +433,8 @@ def _no_images(self:StatsMatch):
 @patch
 def _in_parts(self:StatsMatch):
     self._let_go()
-    self._note('StatsMatch has nothing to compare: the inputs are spread over processes by their channels (DTensor), so none sees an image.')
+    self._note('StatsMatch has nothing to compare: the inputs are spread over processes by their channels (DTensor), '
+        'so none sees an image.')
 
 # %% ../nbs/03_match.ipynb #2ceee0f2
 @patch
@@ -457,7 +446,8 @@ def _put_right(self:StatsMatch):
 
 @patch
 def _put_right_on(self:StatsMatch, learn):
-    try: want,now = expected_stats(learn if self.backbone is None else self.backbone, _or_grey(self.n_in, learn.model)),read_applied(learn)[0]
+    asked = learn if self.backbone is None else self.backbone
+    try: want,now = expected_stats(asked, _or_grey(self.n_in, learn.model)),read_applied(learn)[0]
     except ValueError: return # a pipeline or a backbone that cannot be read: the batches will tell
     want = want.spread(now.n_in)
     if want.same(now) or not all(_can_mend(dl, want, learn) for dl in learn.dls.loaders): return

@@ -14,7 +14,7 @@ import torch
 from fastai.learner import Learner
 from .constants import Affine
 from .evidence import examine_all
-from .judge import still
+from .judge import all_still
 from .stats import ChannelStats
 from .view import InputView
 
@@ -116,12 +116,10 @@ def pool(
     res.inferred,res.agreed = _surest(views)
     return res
 
-_many_still = 32 # Images of one value that are no coincidence
-
 def _kind_of(e):
     "What tells apart processes that do not do the same to their images"
     v = e.view
-    broken = len(v)>=_many_still and not v.empty and bool(still(v.stats).all())
+    broken = not v.empty and all_still(v)
     return v.n_in,v.odd,v.ndim,e.spoiled if not v.odd else None,broken,v.empty
 
 def _alike(a, b):

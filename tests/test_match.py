@@ -488,3 +488,20 @@ def test_a_warning_is_short():
             assert len(str(f).split()) <= 40, (len(str(f).split()), name, str(f))
             assert 'fine-tuned' not in str(f)
     assert kinds == {'not_normalized', 'wrong_stats', 'normalized_twice', 'wrong_range', 'channel_order', 'channel_count', 'non_finite', 'constant_channel', 'split_mismatch', 'in_model'}
+
+
+@pytest.mark.parametrize('fix', [False, True])
+def test_a_name_stands_for_grey_where_model_and_images_are_grey(fix):
+    "`StatsMatch('name')` and `stats_match('name')` on a learner with n_in=1, without saying `n_in` again; and with three channels nothing of it"
+    from fastai.vision.all import IntToFloatTensor, TensorCategory, vision_learner
+    arch = 'tf_efficientnet_lite0'
+    x = [(TensorImage(torch.randint(0, 256, (1, 32, 32), dtype=torch.uint8)), TensorCategory(i%2)) for i in range(48)]
+    normalize = Normalize.from_stats([.2], [.3], cuda=False) if fix else Normalize.from_pretrained(arch, n_in=1, cuda=False)
+    dls = DataLoaders.from_dsets(x, x, bs=16, num_workers=0, device='cpu', after_batch=[IntToFloatTensor(), normalize])
+    learn = vision_learner(dls, arch, n_in=1, n_out=2, normalize=False, pretrained=False, loss_func=nn.CrossEntropyLoss(), cbs=StatsMatch(arch, fix=fix))
+    learn.pretrained = True
+    with learn.no_bar(), warnings.catch_warnings():
+        warnings.simplefilter('error', StatsMatchWarning)
+        learn.validate()
+        assert learn.stats_match(arch).ok and learn.stats_match_cb.report.outcome != 'mismatch'
+    assert expected_stats(dls).mean == pytest.approx((.5,))
